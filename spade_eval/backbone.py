@@ -1,0 +1,329 @@
+"""Any Hugging Face decoder-only model, layer by layer, through the model's own code.
+
+A decoder of an intermediate layer needs three things of a model: the states after layer l, the
+layers above l on a sequence of its own choice, and the final norm with the head. None of them
+needs a copy of a forward pass. The layers sit in one `nn.ModuleList`; while probes stand in its
+place, a call of the model's decoder embeds the tokens, builds its masks and rotary embeddings, and
+hands every layer its arguments, but computes no layer. The probes keep the arguments, and we run
+the real layers on them:
+
+    ids (B, T) -> embed: h^0 (B, T, d), arguments of layers 1..L -> advance: h^l -> logits:
+    head(norm(h^L))
+
+Such a hollow pass costs about a millisecond. Whether a model may be driven like this is not a
+question of its
+name: `Backbone` runs the four checks of `spade_eval.checks` when it is made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spade_eval import checks
+from spade_eval.errors import UnsupportedModelError
+from spade_eval.start import StartStates, StartStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+LOGITS_BYTES = 256 * 2**20  # logits alive at once: a 256k vocabulary in fp32 still gets 256 rows
+TAIL_ROWS = (
+    4096  # one-token rows sent through the upper layers at once: bounds keys and MLP activations
+)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model hands to one layer besides the states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    states_name: str | None  # set where a family passes the states by keyword
+
+    def __call__(self, layer: nn.Module, h: Tensor) -> Tensor:
+        """Run the real layer on the states `h`, (B, T, d) to (B, T, d)."""
+        if self.states_name is None:
+            out = layer(h, *self.args, **self.kwargs)
+        else:
+            out = layer(*self.args, **self.kwargs, **{self.states_name: h})
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Lane:
+    """A batch on its way through the layers.
+
+    Attributes:
+        h: Hidden states after layer `depth`, (B, T, d).
+        depth: Number of layers that `h` has passed.
+        calls: For each of the L layers the arguments that the model prepared, without the states.
+    """
+
+    h: Tensor
+    depth: int
+    calls: list[LayerCall] = field(repr=False)
+
+
+class _Probe(nn.Module):
+    """Stands in for one layer: keeps the arguments it is called with and computes nothing."""
+
+    def __init__(self, layer: nn.Module, tuple_size: int, output: Tensor | None = None):
+        super().__init__()
+        # In a list, since a module attribute would register the layer a second time.
+        self._layer, self._tuple_size, self._output = [layer], tuple_size, output
+        self.states: Tensor | None = None
+        self.call: LayerCall | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = None if args else next(iter(kwargs))
+        self.states = args[0] if name is None else kwargs.pop(name)
+        self.call = LayerCall(args[1:], kwargs, name)
+        h = self.states if self._output is None else self._output
+        return (h,) + (None,) * (self._tuple_size - 1) if self._tuple_size else h
+
+    def __getattr__(self, name: str) -> Any:
+        # Models ask their layers for attributes (an attention type, say): the real layer answers.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+
+class Backbone:
+    """A causal language model opened between its layers.
+
+    Args:
+        model: A `transformers` causal language model, or a PEFT model around one. It is used as it
+            is: its device, dtype, attention implementation and adapters apply.
+
+    Attributes:
+        model: The model.
+        n_layers: L.
+        width: d.
+        vocab_size: V, the width of the model's logits.
+        positions_inert: True if the position of the answer token has no effect on a two-token tail
+            (ALiBi, positions added to the embedding).
+        packs: True if a row may hold several branches behind one shared context (explicit
+            positions and 4D mask).
+        crossover: Number of keys at which attention costs a token as much as the layer's matrix
+            products.
+
+    Raises:
+        UnsupportedModelError: The model is not decoder-only, or fails a check that decoding needs.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.name = type(unwrap_peft(model)).__name__
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{self.name} is an encoder-decoder model; the decoders read a decoder-only model. "
+                "Use a causal language model (AutoModelForCausalLM)."
+            )
+        self.decoder: nn.Module = model.get_decoder()
+        self._owner, self._attribute, self._layers = find_layers(model, self.name)
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._cache_name = next((n for n in ("cache", "past_key_values") if n in parameters), None)
+        self._tuple_size = 0
+        self.n_layers = len(self._layers)
+
+        self.width, self.vocab_size, self._tuple_size = checks.measure(self)
+        self._starts = StartStore(self._compute_starts)
+        self.positions_inert, self.packs = checks.run(self)
+        # A layer takes 2 * parameters operations per token, and 4 * d more per key.
+        self.crossover = sum(p.numel() for p in self._layers[0].parameters()) / (2 * self.width)
+
+    # ------------------------------------------------------------------ one pass, layer by layer
+
+    def embed(
+        self,
+        ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+    ) -> Lane:
+        """Let the model embed the tokens and prepare every layer's arguments, but run no layer.
+
+        Args:
+            ids: Token ids, (B, T). Right padding needs no mask: attention is causal.
+            position_ids: (B, T); the model's own 0..T-1 if absent.
+            attention_mask: (B, T_all) of ones and zeros, or an additive (B, 1, T, T_all) mask.
+            cache: Keys and values of earlier tokens; layers read it and update it as they run.
+
+        Returns:
+            The lane at depth 0.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+        if position_ids is not None and self._takes_positions:
+            inputs["position_ids"] = position_ids
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        if cache is not None:
+            if self._cache_name is None:
+                raise UnsupportedModelError(f"{self.name} keeps no key/value cache.")
+            inputs[self._cache_name] = cache
+        with self._hollow() as probes:
+            self.decoder(**inputs)
+        calls = [probe.call for probe in probes if probe.call is not None]
+        if probes[0].states is None or len(calls) < self.n_layers:
+            raise UnsupportedModelError(
+                f"{self.name} calls {len(calls)} of its {self.n_layers} layers."
+            )
+        return Lane(probes[0].states, 0, calls)
+
+    def advance(self, lane: Lane, to: int) -> Lane:
+        """Run the lane through the layers up to and including layer `to`, in place; (B, T, d)
+        stays (B, T, d).
+        """
+        for layer in range(lane.depth, to):
+            lane.h = lane.calls[layer](self._layers[layer], lane.h)
+        lane.depth = max(lane.depth, to)
+        return lane
+
+    def hidden_states(self, ids: Tensor) -> list[Tensor]:
+        """All states h^0..h^L of a batch: L + 1 tensors (B, T, d); h^L is taken before the final
+        norm.
+        """
+        lane = self.embed(ids)
+        return [lane.h] + [self.advance(lane, layer).h for layer in range(1, self.n_layers + 1)]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """The model's own final norm, head, soft-cap and scaling: head(norm(h)).
+
+        Args:
+            h: States in the space of the last layer, (P, d). Callers bound P: the result holds P *
+                V numbers.
+
+        Returns:
+            Logits (P, V) in the model's dtype.
+        """
+        ids = torch.zeros(len(h), 1, dtype=torch.long, device=self.device)
+        mask = torch.ones_like(ids)  # without one, some models warn that id 0 may be padding
+        with self._hollow(h[:, None]):  # (P, 1, d)
+            out = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return out.logits[:, 0]  # (P, V)
+
+    def logits_rows(self, dtype: torch.dtype = torch.float32) -> int:
+        """Rows whose logits fit the memory bound, at least one."""
+        return max(1, LOGITS_BYTES // (self.vocab_size * dtype.itemsize))
+
+    # ------------------------------------------------------------------ the two-token tail
+
+    def start_states(self, start_ids: Tensor) -> StartStates:
+        """Keys, values and states of start tokens, each computed once and then kept.
+
+        They depend on the start token alone, since attention is causal (the third check).
+
+        Args:
+            start_ids: (P,).
+        """
+        return self._starts.get(start_ids)
+
+    def tail(
+        self,
+        h: Tensor,
+        layer: int,
+        token_ids: Tensor,
+        positions: Tensor,
+        start_ids: Tensor | None,
+    ) -> Tensor:
+        """Send the pairs [start, token] through layers `layer` + 1..L and read the token (eq. 6).
+
+        The start token's keys and values come from the store, so one token per pair is computed,
+        not two.
+
+        Args:
+            h: States of the answer tokens after `layer`, (P, d).
+            layer: l, from 0 to L.
+            token_ids: The answer tokens, (P,).
+            positions: Position ids of the answer tokens, (P,); the start token stands at 0.
+            start_ids: The start token of each pair, (P,); None sends every token on alone
+                (SPADE-NoS).
+
+        Returns:
+            (P, d): the answer tokens' states after layer L, before the final norm.
+        """
+        if layer == self.n_layers or not len(h):
+            return h
+        parts = []
+        for rows in torch.arange(len(h), device=h.device).split(TAIL_ROWS):
+            starts = None if start_ids is None else self.start_states(start_ids[rows])
+            # The mask must be explicit: position ids [0, n] without one mean two packed sequences
+            # to transformers, and the token would not see its start.
+            mask = torch.ones(len(rows), 1 if starts is None else 2, dtype=torch.long)
+            lane = self.embed(
+                token_ids[rows, None],  # (P, 1)
+                position_ids=positions[rows, None],
+                attention_mask=mask.to(token_ids.device),
+                cache=None if starts is None else starts.cache(),
+            )
+            lane.h, lane.depth = h[rows, None].to(lane.h.device), layer  # (P, 1, d)
+            parts.append(self.advance(lane, self.n_layers).h[:, 0].to(h.device))
+        return torch.cat(parts)  # (P, d)
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def _compute_starts(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """States h^0..h^L of single tokens (U, L+1, d), and the cache that they filled."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        mask = torch.ones(len(ids), 1, dtype=torch.long, device=ids.device)
+        zeros = torch.zeros_like(ids)[:, None]
+        lane = self.embed(ids[:, None], position_ids=zeros, attention_mask=mask, cache=cache)
+        states = [lane.h[:, 0]]
+        for layer in range(1, self.n_layers + 1):
+            states.append(self.advance(lane, layer).h[:, 0].to(states[0].device))
+        return torch.stack(states, 1), cache
+
+    @contextmanager
+    def _hollow(self, output: Tensor | None = None) -> Iterator[list[_Probe]]:
+        """Probes in the layers' place; the last one returns `output` if given. Always puts the
+        layers back.
+        """
+        probes = [_Probe(layer, self._tuple_size) for layer in self._layers]
+        probes[-1]._output = output
+        setattr(self._owner, self._attribute, nn.ModuleList(probes))
+        try:
+            yield probes
+        finally:
+            setattr(self._owner, self._attribute, self._layers)
+
+
+def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside a PEFT wrapper, for its name; the wrapper itself stays in use."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_layers(model: PreTrainedModel, name: str) -> tuple[nn.Module, str, nn.ModuleList]:
+    """Find the decoder's list of L layers by its length.
+
+    Returns:
+        The module that holds the list, the attribute's name, and the list.
+
+    Raises:
+        UnsupportedModelError: No list of `num_hidden_layers` modules in the decoder.
+    """
+    n = model.config.get_text_config().num_hidden_layers
+    for owner in model.get_decoder().modules():
+        for attribute, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == n:
+                return owner, attribute, child
+    raise UnsupportedModelError(
+        f"{name}: its decoder has no list of {n} layers (num_hidden_layers)."
+    )

@@ -1,0 +1,166 @@
+"""The `spade-eval` command: lm-eval's command line with our models and tasks always known."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spade_eval import __version__
+from spade_eval.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+# Where lm-eval checks its input: an error raised there is about the command line, and its message
+# is all the user needs. Raised anywhere else it may be a bug, and keeps its traceback.
+_INPUT_CHECKS = ("lm_eval.config.", "lm_eval.evaluator", "lm_eval.api.registry")
+
+
+@dataclass(frozen=True)
+class _Command:
+    """One sub-command."""
+
+    summary: str
+    """Its line in the help text."""
+    call: Callable[[list[str]], int]
+    """Takes the arguments behind the command's name, returns the exit status."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `spade-eval` and return its exit status: 0, or 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"spade-eval {__version__}")
+        return 0
+    try:
+        return _command(argv[0]).call(argv[1:])
+    except Exception as err:
+        if not _is_bad_input(err):
+            raise
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+
+
+def tasks_path() -> Path:
+    """Return the folder of our task files, for lm-eval's `--include_path`."""
+    package = Path(__file__).resolve().parent
+    # Inside the package in a wheel, beside it in the repository (editable install).
+    for folder in (package / "tasks", package.parent / "tasks"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"the tasks are missing from this installation ({package}): install it again")
+
+
+def _command(name: str) -> _Command:
+    """Look up a sub-command."""
+    if name in _COMMANDS:
+        return _COMMANDS[name]
+    if name.startswith("-"):
+        raise UserError(f"{name} stands before a command; to evaluate: spade-eval run {name} ...")
+    known = ", ".join(_COMMANDS)
+    raise UserError(f"unknown command {name!r}.{did_you_mean(name, _COMMANDS)} Commands: {known}")
+
+
+def _help() -> str:
+    """Write the help text."""
+    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in _COMMANDS.items())
+    return f"""\
+usage: spade-eval COMMAND [arguments]
+
+Evaluate early-exit decoders (SPADE, logit lens) with lm-evaluation-harness.
+
+commands:
+{commands}
+
+options:
+  -h, --help      show this text
+  -V, --version   show the version
+
+examples:
+  spade-eval run --model spade_layer --model_args layer=24 --tasks spade_mini_science
+  spade-eval run --model logit_lens --model_args pretrained=gpt2,layer=8 --tasks arc_easy
+  lm_eval --include_path "$(spade-eval tasks-path)" --tasks spade_arc_easy ...
+
+`spade-eval run` alone lists the arguments of lm-eval."""
+
+
+def _run(argv: list[str]) -> int:
+    """Hand everything to lm-eval's own command line, which then knows our models and tasks."""
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    from spade_eval.plugin import register
+
+    register()
+    setup_logging()
+    lm_eval_cli = HarnessCLI()
+    with _command_line("lm-eval", "run", *argv):
+        args = lm_eval_cli.parse_args()
+    args.include_path = _include_path(args)
+    lm_eval_cli.execute(args)
+    return 0
+
+
+@contextmanager
+def _command_line(*argv: str) -> Iterator[None]:
+    """Let lm-eval's parser, which reads nothing else, see these arguments."""
+    before = sys.argv
+    sys.argv = list(argv)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _include_path(args: argparse.Namespace) -> list[str]:
+    """Put our tasks before the user's own folders: the later one wins where two share a name.
+
+    lm-eval takes one folder on the command line and in its YAML file, but a list works behind both.
+    """
+    given = args.include_path
+    if given is None and args.config is not None:
+        from lm_eval.config.evaluate_config import EvaluatorConfig
+
+        given = EvaluatorConfig.load_yaml_config(args.config).get("include_path")
+    folders = [given] if isinstance(given, str) else list(given or ())
+    ours = tasks_path()
+    return [str(ours), *(folder for folder in folders if Path(folder).resolve() != ours)]
+
+
+def _is_bad_input(err: Exception) -> bool:
+    """Whether the message of `err` is all that the user needs."""
+    if isinstance(err, UserError):
+        return True
+    if not isinstance(err, (ValueError, TypeError, FileNotFoundError)):
+        return False
+    frame = err.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return module.startswith(_INPUT_CHECKS)
+
+
+def _tasks_path(argv: list[str]) -> int:
+    """Print the folder of our task files."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: spade-eval tasks-path\n\n{_COMMANDS['tasks-path'].summary}")
+        return 0
+    if argv:
+        raise UserError(f"tasks-path takes no arguments, got {' '.join(argv)}")
+    print(tasks_path())
+    return 0
+
+
+_COMMANDS = {
+    "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
+    "tasks-path": _Command(
+        "print the folder of our task files, for lm_eval --include_path", _tasks_path
+    ),
+}

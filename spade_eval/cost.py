@@ -1,0 +1,97 @@
+"""The account of a run: what was scored, in which layout, and how much of the model was computed.
+
+The unit is the token-layer, one token that is not padding through one layer. The baseline is the
+same plan at full depth, so the ratio is what leaving layers out saves; what the plan itself saves
+against `--model hf` is told by `tokens` against `tokens_hf`.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from spade_eval.scoring import Batch
+
+
+@dataclass
+class Account:
+    """Sums over batches; accounts of several processes add up.
+
+    Attributes:
+        requests: Requests that the model scored; those answered by a response cache are not among
+            them.
+        truncated_requests: Requests whose left end was cut off.
+        positions_scored: Positions that reached a decoder.
+        first_positions: Those of them at position 0, where there is no pair.
+        requests_packed: Requests in rows that hold several sequences.
+        requests_dense: Requests in rows of their own.
+        tokens: Tokens fed to the model, without padding.
+        padding: Padding fed beside them.
+        tokens_hf: Tokens that one row per sequence would take, as `--model hf` feeds them.
+        main_token_layers: Tokens times the layers they passed before a decoder read them.
+        tail_token_layers: The same for answer tokens in the tail.
+        full_depth_token_layers: The same plan through all layers.
+        seconds: Wall-clock of the request phase.
+    """
+
+    requests: int = 0
+    truncated_requests: int = 0
+    positions_scored: int = 0
+    first_positions: int = 0
+    requests_packed: int = 0
+    requests_dense: int = 0
+    tokens: int = 0
+    padding: int = 0
+    tokens_hf: int = 0
+    main_token_layers: int = 0
+    tail_token_layers: int = 0
+    full_depth_token_layers: int = 0
+    seconds: float = 0.0
+
+    def add(self, batch: Batch, layer: int, n_layers: int, has_tail: bool) -> None:
+        """Count a batch that left the main lane at `layer`."""
+        scored, first = len(batch.scored), int((batch.scored_positions == 0).sum())
+        here = len(set(batch.requests.tolist()))
+        self.requests += here
+        if batch.sees is None:
+            self.requests_dense += here
+        else:
+            self.requests_packed += here
+        self.positions_scored += scored
+        self.first_positions += first
+        self.tokens += batch.tokens
+        self.padding += batch.ids.size - batch.tokens
+        self.tokens_hf += batch.tokens_hf
+        self.main_token_layers += batch.tokens * layer
+        self.tail_token_layers += (scored - first) * (n_layers - layer) * has_tail
+        self.full_depth_token_layers += batch.tokens * n_layers
+
+    def merge(self, other: Account) -> None:
+        """Add another process's or call's sums; wall-clocks of processes run side by side, so
+        callers add time.
+        """
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+    def report(self) -> dict[str, object]:
+        """The sums as they go to the results file, and the share of full depth that was
+        computed.
+        """
+        done = self.main_token_layers + self.tail_token_layers
+        full = self.full_depth_token_layers
+        ratio = {"token_layer_ratio": round(done / full, 4) if full else None}
+        return asdict(self) | {"seconds": round(self.seconds, 3)} | ratio
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Add the time spent inside to `seconds`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin

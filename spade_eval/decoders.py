@@ -1,0 +1,221 @@
+"""Decoders: read an answer's distribution out of an intermediate layer.
+
+Every decoder is one step that carries states of layer l into the space of the last layer, followed
+by the model's own final norm and head:
+
+    states of P scored positions after layer l (P, d) -> align: (P, d) -> logits (P, V)
+
+| decoder | align |
+|---|---|
+| logit lens (nostalgebraist, 2020) | identity |
+| SPADE (arXiv 2507.17618, eq. 6) | the pair [start, token] goes through layers l+1..L |
+| SPADE-NoS (the paper's ablation) | the token goes through layers l+1..L alone |
+
+At l = L all of them are the model itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from spade_eval.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from spade_eval.backbone import Backbone
+
+Positions = Literal["reset", "keep"]
+Start = Literal["keep", "none"]
+
+
+@dataclass(frozen=True)
+class States:
+    """P scored positions after layer l, and what a tail needs to know about their tokens.
+
+    Attributes:
+        h: Hidden states after `layer`, (P, d).
+        layer: l, from 0 (embedding) to L.
+        token_ids: The token at each position, (P,).
+        start_ids: The token at position 0 of its sequence, (P,).
+        positions: Where the token stands in its sequence, counted from 0, (P,).
+    """
+
+    h: Tensor
+    layer: int
+    token_ids: Tensor
+    start_ids: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.h)
+
+
+class Decoder(Protocol):
+    """What scoring asks of a decoder."""
+
+    @property
+    def name(self) -> str:
+        """The decoder's name in results."""
+
+    def align(self, backbone: Backbone, states: States) -> Tensor:
+        """Carry states of `states.layer` into the last layer's space, (P, d) to (P, d)."""
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether `align` sends tokens through the remaining layers."""
+
+    def describe(self) -> dict[str, object]:
+        """Name and settings, as they go to the results file."""
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """The states as they are: head(norm(h^l))."""
+
+    name: str = "logit_lens"
+
+    def align(self, backbone: Backbone, states: States) -> Tensor:
+        """Return the states themselves."""
+        return states.h
+
+    @property
+    def has_tail(self) -> bool:
+        """It runs no layer."""
+        return False
+
+    def describe(self) -> dict[str, object]:
+        """Name and settings."""
+        return {"decoder": self.name}
+
+
+@dataclass(frozen=True)
+class Spade:
+    """SPADE and its ablation SPADE-NoS.
+
+    The token at position 0 is the start token itself: there is no pair, and its own full-depth
+    state answers.
+
+    Attributes:
+        positions: "reset" gives the pair the positions [0, 1], "keep" gives it [0, i].
+        start: "keep" sends the pair, "none" the answer token alone.
+        name: The decoder's name in results.
+
+    Raises:
+        UserError: An unknown setting.
+    """
+
+    positions: Positions = "reset"
+    start: Start = "keep"
+    name: str = "spade"
+
+    def __post_init__(self) -> None:
+        for setting, value, valid in (
+            ("positions", self.positions, get_args(Positions)),
+            ("start", self.start, get_args(Start)),
+        ):
+            if value not in valid:
+                raise UserError(
+                    f"{setting}={value!r} is not known; valid: {', '.join(valid)}."
+                    + did_you_mean(str(value), valid)
+                )
+        if self.start == "none":
+            object.__setattr__(self, "name", "spade_nos")
+
+    def align(self, backbone: Backbone, states: States) -> Tensor:
+        """Send the answer tokens through the remaining layers (eq. 6)."""
+        if states.layer == backbone.n_layers:
+            return states.h
+        paired = self.start == "keep"
+        if self.positions == "keep":
+            positions = states.positions
+        else:
+            positions = torch.full_like(states.positions, int(paired))
+        first = states.positions == 0
+        if not paired or not first.any():
+            starts = states.start_ids if paired else None
+            return backbone.tail(states.h, states.layer, states.token_ids, positions, starts)
+        later = ~first
+        out = torch.empty_like(states.h)
+        own = backbone.start_states(states.start_ids[first]).hidden(backbone.n_layers)
+        out[first] = own.to(out.device, out.dtype)
+        out[later] = backbone.tail(
+            states.h[later],
+            states.layer,
+            states.token_ids[later],
+            positions[later],
+            states.start_ids[later],
+        )
+        return out
+
+    @property
+    def has_tail(self) -> bool:
+        """Every position but the first goes on through the remaining layers."""
+        return True
+
+    def describe(self) -> dict[str, object]:
+        """Name and settings."""
+        return {"decoder": self.name, "positions": self.positions, "start": self.start}
+
+
+def read(decoder: Decoder, backbone: Backbone, states: States) -> Tensor:
+    """The decoder's logits, (P, V); callers bound P."""
+    return backbone.logits(decoder.align(backbone, states))
+
+
+def logit_lens(backbone: Backbone, h: Tensor) -> Tensor:
+    """Logit lens: head(norm(h)).
+
+    Args:
+        backbone: The model.
+        h: Hidden states after any layer, (P, d).
+
+    Returns:
+        Logits (P, V).
+    """
+    return backbone.logits(h)
+
+
+def spade(
+    backbone: Backbone,
+    h: Tensor,
+    layer: int,
+    token_ids: Tensor,
+    start_ids: Tensor,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """SPADE (eq. 6): the pair [start, token] through layers `layer` + 1..L, read at the token.
+
+    Args:
+        backbone: The model.
+        h: Hidden states of the answer tokens after `layer`, (P, d).
+        layer: l, from 0 to L.
+        token_ids: The answer tokens, (P,).
+        start_ids: The start token of each, (P,).
+        positions: Where the tokens stand, (P,), to keep their positions; None resets each pair to
+            [0, 1].
+
+    Returns:
+        Logits (P, V).
+    """
+    if positions is None:
+        positions = torch.ones_like(token_ids)
+    return backbone.logits(backbone.tail(h, layer, token_ids, positions, start_ids))
+
+
+def spade_nos(
+    backbone: Backbone,
+    h: Tensor,
+    layer: int,
+    token_ids: Tensor,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """SPADE without the start token: each token alone through layers `layer` + 1..L.
+
+    Args and return value as for `spade`; None resets the position to 0.
+    """
+    if positions is None:
+        positions = torch.zeros_like(token_ids)
+    return backbone.logits(backbone.tail(h, layer, token_ids, positions, None))

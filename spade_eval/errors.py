@@ -1,0 +1,36 @@
+"""The error for bad input, and the hint that names what the user probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message says what is wrong and what to do next.
+
+    `spade-eval` prints the message alone, without a traceback, and exits with status 2.
+    """
+
+
+class UnsupportedModelError(UserError):
+    """The model cannot be decoded from its middle; names its class and the check that it failed."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Name the nearest valid spelling, ready to be appended to an error message.
+
+    Args:
+        name: What the user wrote.
+        valid: The names that would have been accepted.
+
+    Returns:
+        `" Did you mean 'x'?"` with its leading space, or the empty string if nothing is near.
+    """
+    # Case is folded for the comparison only: the hint shows the name as it has to be written.
+    by_folded = {candidate.casefold(): candidate for candidate in valid}
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=1)
+    return f" Did you mean {by_folded[near[0]]!r}?" if near else ""

@@ -1,0 +1,130 @@
+"""Checks on `--model_args`, made before any weight is loaded.
+
+HFLM hands every argument that it does not know to `from_pretrained`, where a misspelt name ends in
+a traceback from deep inside transformers. Here it ends in a sentence with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.models.huggingface import HFLM
+
+from spade_eval.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# What `from_pretrained` documents beyond HFLM's own arguments; a config's attributes are accepted
+# too.
+FROM_PRETRAINED = frozenset(
+    [
+        "adapter_kwargs",
+        "adapter_name",
+        "allow_all_kernels",
+        "attn_implementation",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "cache_dir",
+        "code_revision",
+        "config",
+        "device_map",
+        "experts_implementation",
+        "force_download",
+        "ignore_mismatched_sizes",
+        "kernel_config",
+        "key_mapping",
+        "load_in_4bit",
+        "load_in_8bit",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "offload_buffers",
+        "proxies",
+        "quantization_config",
+        "state_dict",
+        "token",
+        "torch_dtype",
+        "use_kernels",
+        "use_safetensors",
+        "variant",
+        "weights_only",
+    ]
+)
+
+
+def hflm_arguments() -> set[str]:
+    """Names of HFLM's own arguments."""
+    parameters = inspect.signature(HFLM.__init__).parameters.values()
+    return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"self"}
+
+
+def check_names(
+    model: str, given: Iterable[str], own: Iterable[str], config: Any, remote_code: bool
+) -> None:
+    """Refuse arguments that nobody would take.
+
+    Args:
+        model: Name of the class, for the message.
+        given: The arguments' names.
+        own: The arguments of the class itself.
+        config: The model's config: its attributes may be overridden.
+        remote_code: Whether the model brings code of its own, which may take any argument.
+
+    Raises:
+        UserError: Names the argument and the nearest valid one.
+    """
+    valid = hflm_arguments() | FROM_PRETRAINED | set(own)
+    unknown = [name for name in given if name not in valid and not hasattr(config, name)]
+    if unknown and not remote_code:
+        hints = " ".join(
+            f"{name!r} is not an argument.{did_you_mean(name, valid)}" for name in unknown
+        )
+        raise UserError(f"{model}: {hints} Its own arguments are {', '.join(sorted(own))}.")
+
+
+def batch_size(value: Any) -> None:
+    """Accept a positive number, "auto" or "auto:N".
+
+    Raises:
+        UserError: Anything else.
+    """
+    text = str(value)
+    number = text.removeprefix("auto:") if text != "auto" else "1"
+    try:
+        good = float(number) >= 1 and (text.startswith("auto") or float(number) == int(number))
+    except (ValueError, OverflowError):
+        good = False
+    if not good:
+        raise UserError(f"batch_size={value!r}: give a number from 1 up, 'auto' or 'auto:N'.")
+
+
+def layer(value: Any, n_layers: int | None = None) -> int:
+    """Resolve a layer argument: 0 is the embedding, L the last layer, negative numbers count from
+    there.
+
+    Args:
+        value: What the user gave.
+        n_layers: L; None checks the type only.
+
+    Returns:
+        l, from 0 to L.
+
+    Raises:
+        UserError: Not a whole number, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(
+            f"layer={value!r} is not a whole number. Give a layer from 0 (the embedding) to the "
+            "model's last, or -1 for the last."
+        )
+    if n_layers is None:
+        return value
+    if not -n_layers - 1 <= value <= n_layers:
+        raise UserError(
+            f"layer={value} is out of range: this model has {n_layers} layers, so 0..{n_layers} are "
+            f"valid (0 is the embedding), or {-n_layers - 1}..-1 counted from the last."
+        )
+    return value if value >= 0 else n_layers + 1 + value

@@ -1,0 +1,326 @@
+"""What all models of this package share: requests in, answers out.
+
+    loglikelihood(requests) -> token ids -> plan -> batches -> `_score(batch)` -> (log-likelihood,
+    greedy) per request loglikelihood_rolling   -> windows   -> the same
+    -> one sum per page
+
+A subclass says what happens to one batch. Everything else is HFLM's: loading, tokenizer, chat
+template, devices, ranks, PEFT, quantisation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from spade_eval import __version__, scoring
+from spade_eval.backbone import Backbone
+from spade_eval.cost import Account
+from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
+from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.lm import arguments
+from spade_eval.lm.cache import guard, weights_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from spade_eval.trace import Answers
+
+log = logging.getLogger(__name__)
+
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class SpadeLM(HFLM):
+    """A decoder-only Hugging Face model, scored through a decoder of ours.
+
+    Args:
+        pretrained: Hub id, folder or model; None takes the default model
+            (`spade_eval.default_model`).
+        **kwargs: HFLM's arguments.
+
+    Raises:
+        UserError: A bad argument; an `UnsupportedModelError` if the model cannot be decoded from
+        its middle.
+    """
+
+    def __init__(self, pretrained: Any = None, **kwargs: Any):
+        arguments.batch_size(kwargs.get("batch_size", 1))
+        self._given = kwargs
+        self._model_source = str(pretrained) if isinstance(pretrained, str) else DEFAULT_MODEL_NAME
+        if pretrained is None:
+            pretrained = str(default_model_path())
+        elif not isinstance(pretrained, str):
+            self._model_source = pretrained.config._name_or_path or type(pretrained).__name__
+        super().__init__(pretrained=pretrained, **kwargs)
+        if self.add_bos_token and self.tokenizer.bos_token_id is None:
+            raise UserError(
+                f"add_bos_token=True, but the tokenizer of {self._model_source} has no BOS token. "
+                "Leave it out: the start token is then the first token of each prompt."
+            )
+        self.backbone = Backbone(self.model)
+        self.account = Account()
+        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+
+    # ------------------------------------------------------------------ for subclasses
+
+    def _check_config(self, n_layers: int) -> None:
+        """Check own arguments against a model of `n_layers`, before its weights are loaded."""
+
+    def _score(self, batch: scoring.Batch, account: Account) -> Answers:
+        """Score one batch and add what it cost to `account`."""
+        raise NotImplementedError
+
+    def _settings(self) -> dict[str, object]:
+        """The decoder's settings, as they go to the results file and into the cache's
+        fingerprint.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ loading
+
+    def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        # HFLM calls this when the config is known and no weight is loaded yet.
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{self._model_source} is an encoder-decoder model ({config.model_type}); the "
+                "decoders read a decoder-only model. Give a causal language model."
+            )
+        own = set(inspect.signature(type(self).__init__).parameters) - {"self", "kwargs"}
+        remote = bool(self._given.get("trust_remote_code"))
+        arguments.check_names(type(self).__name__, self._given, own, config, remote)
+        n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if n_layers is not None:
+            self._check_config(n_layers)
+        super()._get_backend(config, *args, **kwargs)
+
+    # ------------------------------------------------------------------ token ids
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any
+    ) -> list[int]:
+        """As in HFLM; the last few strings are remembered, since every choice of a context encodes
+        it again.
+        """
+        if args or kwargs:
+            return super().tok_encode(string, add_special_tokens, *args, **kwargs)
+        key = (string, add_special_tokens)
+        if key not in self._encoded:
+            if len(self._encoded) >= 4:
+                del self._encoded[next(iter(self._encoded))]
+            self._encoded[key] = super().tok_encode(string, add_special_tokens)
+        return self._encoded[key]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not context_ids:  # a context of blanks only, which moved into the continuation
+            context_ids = [self.prefix_token_id]
+        # Many tokenizers ignore add_bos_token; a chat template may have put the token there
+        # already.
+        bos = self.tokenizer.bos_token_id
+        if self.add_bos_token and context_ids[0] != bos:
+            context_ids = [bos, *context_ids]
+        return context_ids, continuation_ids
+
+    # ------------------------------------------------------------------ requests
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """Log-likelihood of each continuation, and whether it is the greedy one."""
+        for request in requests:
+            context, continuation = request.args
+            where = f"task {request.task_name}, document {request.doc_id}"
+            if not continuation:
+                raise UserError(
+                    f"Empty continuation in {where}: an empty answer choice cannot be scored."
+                )
+            if not context and self.prefix_token_id is None:
+                raise UserError(
+                    f"Empty context in {where}, and the tokenizer has neither a BOS nor an EOS "
+                    "token to put there. Pass prefix_token_id=ID."
+                )
+        with self.account.clock():
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in disjoint windows of at most `max_length` tokens."""
+        windows: list[TokenRequest] = []
+        owners: list[int] = []
+        with self.account.clock():
+            for index, request in enumerate(requests):
+                rolling = get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+                pairs = [(None, *make_disjoint_window(window)) for window in rolling]
+                windows.extend(pairs)
+                owners.extend([index] * len(pairs))
+            totals = np.zeros(len(requests))
+            for owner, (value, _) in zip(
+                owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+            ):
+                totals[owner] += value
+        for request, total in zip(requests, totals.tolist(), strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals.tolist()
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[TokenRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        plan = scoring.plan(
+            [scoring.Request(tuple(context), tuple(cont)) for _, context, cont in requests],
+            self.layout,
+        )
+        if plan.truncated:
+            self.account.truncated_requests += plan.truncated
+            log.warning(
+                "%d of %d requests are longer than max_length=%d and lose their left end; "
+                "the results carry the count.",
+                plan.truncated, len(requests), self.max_length,
+            )  # fmt: skip
+        sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
+        bar = tqdm(
+            total=len(requests),
+            disable=disable_tqdm or self.rank != 0,
+            desc="Running loglikelihood requests",
+        )
+        for batch in self._batches(plan, override_bs):
+            answers = self._run(batch, self.account)
+            np.add.at(sums, batch.requests, answers.logprobs)
+            np.logical_and.at(greedy, batch.requests, answers.greedy)
+            done = np.unique(batch.requests).tolist()
+            for (
+                index
+            ) in done:  # a request lies in one batch: what is done survives a kill in --use_cache
+                if (text := requests[index][0]) is not None:
+                    answer = (float(sums[index]), bool(greedy[index]))
+                    self.cache_hook.add_partial("loglikelihood", text, answer)
+            bar.update(len(done))
+        bar.close()
+        return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Not yet: these models score."""
+        tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
+        raise UserError(
+            f"{tasks}: the task asks for generated text, and {type(self).__name__} of spade_eval "
+            f"{__version__} scores log-likelihoods only. Generation will come for spade_exit, "
+            "lens_exit, spade_layer, l_spade, tuned_lens and logit_lens; until then use --model hf "
+            "for this task."
+        )
+
+    # ------------------------------------------------------------------ batches
+
+    @property
+    def layout(self) -> scoring.Layout:
+        """Which rows this model may be given (`logits_cache=False` gives every sequence its
+        own).
+        """
+        config = self.backbone.model.config.get_text_config()
+        windows = [
+            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        ]
+        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        return scoring.Layout(
+            max_length=self.max_length,
+            packed=self.backbone.packs and self.logits_cache and not flash,
+            window=min((w for w in windows if w), default=None),
+            crossover=self.backbone.crossover,
+            kept=frozenset(self.tokenizer.all_special_ids),
+        )
+
+    def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[scoring.Batch]:
+        """Batches of the size that the user gave, or found by trying ("auto", "auto:N" tries N
+        times).
+        """
+        if fixed is not None or self.batch_size != "auto":
+            yield from scoring.batches(plan.rows, int(fixed or self.batch_size))
+            return
+        parts = max(1, int(self.batch_schedule))
+        size = -(-len(plan.rows) // parts)
+        self.batch_sizes = {}
+        for part in range(parts):
+            rows = plan.rows[part * size : (part + 1) * size]
+            if rows:
+                self.batch_sizes[part] = self._probe_batch_size(rows)
+                yield from scoring.batches(rows, self.batch_sizes[part])
+
+    def _probe_batch_size(self, rows: Sequence[scoring.Row]) -> int:
+        """The largest size at which the first batch of `rows`, the one with the longest, fits into
+        memory.
+        """
+        if self.device.type == "cpu":  # no allocator there that fails before the machine does
+            return int(self.max_batch_size)
+
+        def attempt(batch_size: int) -> int:
+            self._run(next(iter(scoring.batches(rows, batch_size))), Account())
+            return batch_size
+
+        # Halves the size whenever memory runs out.
+        size = int(find_executable_batch_size(attempt, self.max_batch_size)())
+        if self.world_size > 1:
+            sizes = self.all_gather(torch.tensor([size], device=self.device))
+            size = int(sizes.min())
+        log.info("batch_size=auto: %d", size)
+        return size
+
+    def _run(self, batch: scoring.Batch, account: Account) -> Answers:
+        autocast = self.mixed_precision_dtype is not None
+        with torch.autocast(self.device.type, dtype=self.mixed_precision_dtype, enabled=autocast):
+            return self._score(batch, account)
+
+    # ------------------------------------------------------------------ results and caches
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything that an answer depends on; a response cache belongs to one fingerprint."""
+        return {
+            **self._settings(),
+            "model": self._model_source,
+            "revision": str(self.revision),
+            "weights": weights_digest(self.model),
+            "peft": self.peft,
+            "delta": self.delta,
+            "dtype": str(self.model.dtype),
+            "softmax_dtype": str(self.softmax_dtype),
+            "mixed_precision_dtype": str(self.mixed_precision_dtype),
+            "tokenizer": self.tokenizer.name_or_path,
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            "prefix_token_id": self.prefix_token_id,
+        }
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """As in lm-eval, whose cache keys hold neither model nor layer: refuse a cache of other
+        answers.
+        """
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            guard(cache_hook.dbdict, self.fingerprint())
+
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's entries, and one of ours, `spade`; lm-eval writes both into the results'
+        `config`.
+        """
+        spade: dict[str, object] = {
+            **self._settings(),
+            "layers": self.backbone.n_layers,
+            "start_token": "add_bos_token" if self.add_bos_token else "first token as fed",
+            "model": self._model_source,
+            "revision": str(self.revision),
+            "package_version": __version__,
+            "account": self.account.report(),
+        }
+        return {**super().get_model_info(), "spade": spade}

@@ -1,0 +1,95 @@
+"""Models that read one fixed layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spade_eval.decoders import Decoder, LogitLens, Positions, Spade, Start
+from spade_eval.errors import UserError
+from spade_eval.lm import arguments
+from spade_eval.lm.base import SpadeLM, log
+from spade_eval.trace import Answers, score
+
+if TYPE_CHECKING:
+    from spade_eval.cost import Account
+    from spade_eval.scoring import Batch
+
+
+class FixedLayerLM(SpadeLM):
+    """Scores with one decoder at one layer.
+
+    Args:
+        decoder: The decoder.
+        layer: l; 0 is the embedding, L or -1 the last layer, where every decoder is the model
+            itself.
+        **kwargs: Arguments of `SpadeLM`.
+    """
+
+    def __init__(self, decoder: Decoder, layer: int | None, **kwargs: Any):
+        if layer is None:
+            raise UserError(
+                "layer is missing: give --model_args layer=N (0 is the embedding, -1 the last)."
+            )
+        self.decoder, self.layer = decoder, arguments.layer(layer)
+        super().__init__(**kwargs)
+        self.layer = arguments.layer(layer, self.backbone.n_layers)
+
+    def _check_config(self, n_layers: int) -> None:
+        arguments.layer(self.layer, n_layers)
+
+    def _score(self, batch: Batch, account: Account) -> Answers:
+        dtype = self.softmax_dtype or torch.float32
+        answers = score(self.backbone, batch, self.decoder, self.layer, dtype)
+        account.add(batch, self.layer, self.backbone.n_layers, self.decoder.has_tail)
+        return answers
+
+    def _settings(self) -> dict[str, object]:
+        return {**self.decoder.describe(), "layer": self.layer}
+
+
+class SpadeLayerLM(FixedLayerLM):
+    """`--model spade_layer`: SPADE at a fixed layer (arXiv 2507.17618, eq. 6; "SimLens" in its v2).
+
+    Args:
+        pretrained: As in HFLM; the default model if absent.
+        layer: l, see `FixedLayerLM`.
+        positions: "reset" (the pair stands at 0 and 1) or "keep" (at 0 and i).
+        start: "keep", or "none" for the ablation SPADE-NoS.
+        **kwargs: HFLM's arguments.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        layer: int | None = None,
+        positions: Positions = "reset",
+        start: Start = "keep",
+        **kwargs: Any,
+    ):
+        super().__init__(
+            Spade(positions=positions, start=start), layer, pretrained=pretrained, **kwargs
+        )
+        if self.backbone.positions_inert and positions == "keep":
+            log.warning(
+                "positions=keep has no effect on %s: its tails ignore positions.",
+                self.backbone.name,
+            )
+
+    def _settings(self) -> dict[str, object]:
+        inert = {"positions": "inert"} if self.backbone.positions_inert else {}
+        return {**super()._settings(), **inert}
+
+
+class LogitLensLM(FixedLayerLM):
+    """`--model logit_lens`: the model's own norm and head on the states of a fixed layer.
+
+    Args:
+        pretrained: As in HFLM; the default model if absent.
+        layer: l, see `FixedLayerLM`.
+        **kwargs: HFLM's arguments.
+    """
+
+    def __init__(self, pretrained: Any = None, layer: int | None = None, **kwargs: Any):
+        super().__init__(LogitLens(), layer, pretrained=pretrained, **kwargs)

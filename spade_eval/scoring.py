@@ -1,0 +1,332 @@
+"""The plan of a scoring run: which tokens are computed, in which rows, and which positions are
+read.
+
+Pure bookkeeping on token ids; no tensors and no model. A request asks for the log-probabilities of
+a continuation after a context. The model is fed `(context + continuation)[:-1]`, and the last
+len(continuation) positions of that are read.
+
+    requests -> feed: sequences -> rows (one sequence each, or a context with all its branches) ->
+    batches
+
+In a packed row the tokens form a forest in depth-first order: a token stands behind its parent,
+sees its ancestors and itself, and counts its position from its root. What sequences have in common
+at their beginning is computed once. A row with one sequence is a chain and needs no mask; it is
+what `--model hf` feeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spade_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score `continuation` after `context`; both are token ids and neither is empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a row may hold.
+
+    Attributes:
+        max_length: Tokens that the model takes at once.
+        packed: Whether branches may share a row; else every sequence has its own.
+        window: Longest path from a root to a leaf in a packed row (a sliding window would vanish
+            under a 4D mask).
+        crossover: Number of keys at which attention costs a token as much as the rest of its layer.
+        kept: Token ids that truncation keeps at position 0.
+    """
+
+    max_length: int
+    packed: bool = False
+    window: int | None = None
+    crossover: float = 1024.0
+    kept: Collection[int] = ()
+
+
+@dataclass
+class Row:
+    """One row of a batch: a forest of tokens, parents before children.
+
+    Attributes:
+        ids: Token ids.
+        parents: For each token the index of the one before it, -1 for a root.
+        positions: For each token its distance from its root.
+        starts: For each token the index of its root.
+        reads: (token index, target id, request index): the target's log-probability is read there.
+        sequences: Distinct sequences in the row; what `--model hf` would feed as rows of their own.
+        tokens_apart: Tokens of those sequences, counted one by one.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    reads: list[tuple[int, int, int]] = field(default_factory=list)
+    sequences: int = 0
+    tokens_apart: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each token follows the one before it, so that causal attention is the right
+        one.
+        """
+        return self.parents == list(range(-1, len(self) - 1))
+
+    def add(self, ids: Sequence[int], path: list[int], shared: int) -> list[int]:
+        """Add a sequence that shares its first `shared` tokens with `path`; return its own path of
+        token indices.
+        """
+        path = path[:shared]
+        for token in ids[shared:]:
+            parent = path[-1] if path else -1
+            index = len(self.ids)
+            self.ids.append(token)
+            self.parents.append(parent)
+            self.positions.append(len(path))
+            self.starts.append(path[0] if path else index)
+            path.append(index)
+        self.sequences += 1
+        self.tokens_apart += len(ids)
+        return path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of a run.
+
+    Attributes:
+        rows: Longest first; chains before forests.
+        n_requests: Number of requests.
+        truncated: Requests whose sequence was longer than the model takes.
+    """
+
+    rows: list[Row]
+    n_requests: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows side by side, right-padded, as arrays.
+
+    Attributes:
+        ids: (B, T), padded with 0.
+        positions: (B, T) if the rows are packed, else None: the model counts by itself.
+        sees: (B, T, T), true where a token sees another, if the rows are packed, else None.
+        scored: Flat index b * T + t of the P tokens at which something is read.
+        token_ids: The tokens at the scored positions, (P,).
+        start_ids: The first token of each one's sequence, (P,).
+        scored_positions: Position of each in its sequence, (P,).
+        read_at: For each of N reads, which of the P positions it reads.
+        targets: For each read the token whose log-probability is asked for, (N,).
+        requests: For each read the request it belongs to, (N,).
+        tokens: Tokens that are not padding.
+        sequences: Sequences that `--model hf` would feed for the same requests.
+        tokens_hf: Tokens of those sequences.
+    """
+
+    ids: Ints
+    positions: Ints | None
+    sees: NDArray[np.bool_] | None
+    scored: Ints
+    token_ids: Ints
+    start_ids: Ints
+    scored_positions: Ints
+    read_at: Ints
+    targets: Ints
+    requests: Ints
+    tokens: int
+    sequences: int
+    tokens_hf: int
+
+
+def feed(request: Request, layout: Layout) -> tuple[tuple[int, ...], bool]:
+    """The tokens that the model is given for a request, and whether the left had to be cut off.
+
+    A sequence that is too long loses its left end, as in `--model hf`; if it starts with one of
+    `layout.kept`, that token stays and the cut falls behind it.
+    """
+    whole = request.context + request.continuation
+    if len(whole) <= layout.max_length + 1:
+        return whole[:-1], False
+    if whole[0] in layout.kept:
+        return (whole[0], *whole[-layout.max_length :])[:-1], True
+    return whole[-(layout.max_length + 1) :][:-1], True
+
+
+def plan(requests: Sequence[Request], layout: Layout) -> Plan:
+    """Lay out rows so that every request is read exactly once and nothing shared is computed twice.
+
+    Raises:
+        UserError: An empty context or continuation, or a continuation longer than the model takes.
+    """
+    sequences: dict[tuple[int, ...], list[int]] = {}
+    truncated = 0
+    for index, request in enumerate(requests):
+        _check(request, index, layout.max_length)
+        ids, cut = feed(request, layout)
+        truncated += cut
+        sequences.setdefault(ids, []).append(index)
+    rows: list[Row] = []
+    for group in _groups(sorted(sequences), layout):
+        row, path, previous = Row(), [], ()
+        for ids in group:
+            path = row.add(ids, path, _common(previous, ids))
+            previous = ids
+            for index in sequences[ids]:
+                targets = requests[index].continuation
+                at = path[-len(targets) :]
+                row.reads.extend((t, target, index) for t, target in zip(at, targets, strict=True))
+        rows.append(row)
+    rows.sort(key=lambda row: (not row.is_chain, -len(row), row.ids))
+    return Plan(rows, len(requests), truncated)
+
+
+def batches(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
+    """Cut a plan's rows into batches of at most `batch_size` sequences (at least one row); chains
+    and forests apart.
+    """
+    held: list[Row] = []
+    for row in rows:
+        full = sum(r.sequences for r in held) + row.sequences > batch_size
+        if held and (full or row.is_chain != held[0].is_chain):
+            yield collate(held)
+            held = []
+        held.append(row)
+    if held:
+        yield collate(held)
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Put rows side by side."""
+    width = max(len(row) for row in rows)
+    packed = not all(row.is_chain for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    positions = np.zeros_like(ids) if packed else None
+    sees = np.zeros((len(rows), width, width), dtype=bool) if packed else None
+    scored: dict[int, int] = {}
+    reads: list[tuple[int, int, int]] = []
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = row.ids
+        if positions is not None and sees is not None:
+            positions[b, : len(row)] = row.positions
+            sees[b] = visible(row.parents, width)
+        for t, target, request in row.reads:
+            reads.append((scored.setdefault(b * width + t, len(scored)), target, request))
+    at = np.fromiter(scored, dtype=np.int64, count=len(scored))
+    where = [(rows[i // width], i % width) for i in scored]
+    read_at, targets, requests = np.array(reads, dtype=np.int64).reshape(-1, 3).T
+    return Batch(
+        ids=ids,
+        positions=positions,
+        sees=sees,
+        scored=at,
+        token_ids=ids.reshape(-1)[at],
+        start_ids=np.array([row.ids[row.starts[t]] for row, t in where], dtype=np.int64),
+        scored_positions=np.array([row.positions[t] for row, t in where], dtype=np.int64),
+        read_at=read_at,
+        targets=targets,
+        requests=requests,
+        tokens=sum(len(row) for row in rows),
+        sequences=sum(row.sequences for row in rows),
+        tokens_hf=sum(row.tokens_apart for row in rows),
+    )
+
+
+def visible(parents: Sequence[int], width: int) -> NDArray[np.bool_]:
+    """Which tokens each token of a row sees: its ancestors and itself, (width, width).
+
+    Padding sees itself alone, since a softmax over nothing is not a number.
+    """
+    sees = np.eye(width, dtype=bool)
+    for t, parent in enumerate(parents):
+        if parent >= 0:
+            sees[t] |= sees[parent]
+    return sees
+
+
+def _groups(ordered: Sequence[tuple[int, ...]], layout: Layout) -> Iterator[list[tuple[int, ...]]]:
+    """Cut the sequences, in lexicographic order, into the rows they will share.
+
+    A sequence joins the row of the one before it if that costs less than a row of its own. Counted
+    in
+    tokens: sharing saves their common beginning; but in a packed row every token is compared with
+        every other, which
+    costs 1 / crossover of a token each.
+    """
+    group: list[tuple[int, ...]] = []
+    size = 0
+    for ids in ordered:
+        shared = _common(group[-1], ids) if group else 0
+        new = len(ids) - shared
+        apart = _cost(size, layout) + _cost(len(ids), layout)
+        if (
+            group
+            and _fits(group[-1], ids, size + new, layout)
+            and _cost(size + new, layout) < apart
+        ):
+            group.append(ids)
+            size += new
+        else:
+            if group:
+                yield group
+            group, size = [ids], len(ids)
+    if group:
+        yield group
+
+
+def _fits(before: Sequence[int], ids: Sequence[int], size: int, layout: Layout) -> bool:
+    """Whether two neighbours may share a row of `size` tokens."""
+    longest = max(len(before), len(ids))
+    in_window = layout.window is None or longest <= layout.window
+    return layout.packed and in_window and size <= layout.max_length
+
+
+def _cost(tokens: int, layout: Layout) -> float:
+    return tokens * (1 + tokens / layout.crossover)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    n = 0
+    for x, y in zip(a, b):  # noqa: B905 - the shorter one ends it
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _check(request: Request, index: int, max_length: int) -> None:
+    if not request.context:
+        raise UserError(
+            f"Request {index} has an empty context, and the tokenizer has neither a BOS nor an EOS "
+            "token to put there. Pass prefix_token_id=ID."
+        )
+    if not request.continuation:
+        raise UserError(
+            f"Request {index} has an empty continuation: there is nothing to score. "
+            "Look for an empty answer choice in the task's documents."
+        )
+    if len(request.continuation) > max_length:
+        raise UserError(
+            f"Request {index} asks for a continuation of {len(request.continuation)} tokens, and "
+            f"the model takes {max_length} (max_length). Raise max_length or shorten the answers."
+        )

@@ -1,0 +1,85 @@
+"""Run a batch of rows through the layers and read the scored positions.
+
+    Batch -> main lane, layers 1..l -> states at the scored positions (P, d) -> decoder ->
+    log-probabilities (N,)
+
+Only scored positions reach a decoder and the head, and the main lane stops at layer l.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spade_eval.checks import additive_mask
+from spade_eval.decoders import Decoder, States
+
+if TYPE_CHECKING:
+    from spade_eval.backbone import Backbone
+    from spade_eval.scoring import Batch
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What N reads found: the log-probability of each target in nats, and whether it is the most
+    likely token.
+    """
+
+    logprobs: list[float]
+    greedy: list[bool]
+
+
+def states_at(backbone: Backbone, batch: Batch, layer: int) -> States:
+    """Run the main lane to `layer` and keep the scored positions."""
+    device = backbone.device
+    positions = mask = None
+    if batch.positions is not None and batch.sees is not None:
+        positions = torch.from_numpy(batch.positions).to(device)
+        mask = additive_mask(torch.from_numpy(batch.sees), backbone)
+    lane = backbone.embed(torch.from_numpy(batch.ids).to(device), positions, mask)
+    h = backbone.advance(lane, layer).h.flatten(0, 1)  # (B * T, d)
+    return States(
+        h=h[torch.from_numpy(batch.scored).to(h.device)].to(device),  # (P, d)
+        layer=layer,
+        token_ids=torch.from_numpy(batch.token_ids).to(device),
+        start_ids=torch.from_numpy(batch.start_ids).to(device),
+        positions=torch.from_numpy(batch.scored_positions).to(device),
+    )
+
+
+def score(
+    backbone: Backbone,
+    batch: Batch,
+    decoder: Decoder,
+    layer: int,
+    softmax_dtype: torch.dtype = torch.float32,
+) -> Answers:
+    """Score a batch with a decoder at a fixed layer."""
+    states = states_at(backbone, batch, layer)
+    return read(backbone, decoder.align(backbone, states), batch, softmax_dtype)
+
+
+def read(backbone: Backbone, h: Tensor, batch: Batch, softmax_dtype: torch.dtype) -> Answers:
+    """Head, log-softmax and gather, over a bounded number of positions at a time.
+
+    Args:
+        backbone: The model whose head is used.
+        h: States of the scored positions in the last layer's space, (P, d).
+        batch: Says which positions and targets belong together.
+        softmax_dtype: The log-softmax is computed in this type.
+    """
+    read_at = torch.from_numpy(batch.read_at).to(h.device)
+    targets = torch.from_numpy(batch.targets).to(h.device)
+    logprobs = torch.empty(len(read_at), dtype=softmax_dtype, device=h.device)  # (N,)
+    greedy = torch.empty(len(read_at), dtype=torch.bool, device=h.device)
+    rows = backbone.logits_rows()
+    for first in range(0, len(h), rows):
+        logits = backbone.logits(h[first : first + rows]).to(h.device, softmax_dtype)  # (P', V)
+        here = (read_at >= first) & (read_at < first + rows)
+        at, target = read_at[here] - first, targets[here]
+        logprobs[here] = logits[at, target] - logits.logsumexp(-1)[at]
+        greedy[here] = logits.argmax(-1)[at] == target
+    return Answers(logprobs.tolist(), greedy.tolist())

