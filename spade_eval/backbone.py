@@ -7,12 +7,10 @@ place, a call of the model's decoder embeds the tokens, builds its masks and rot
 hands every layer its arguments, but computes no layer. The probes keep the arguments, and we run
 the real layers on them:
 
-    ids (B, T) -> embed: h^0 (B, T, d), arguments of layers 1..L -> advance: h^l -> logits:
-    head(norm(h^L))
+    ids (B, T) -> embed: h^0 (B, T, d) and each layer's arguments -> advance: h^l -> logits (P, V)
 
 Such a hollow pass costs about a millisecond. Whether a model may be driven like this is not a
-question of its
-name: `Backbone` runs the four checks of `spade_eval.checks` when it is made.
+question of its name: `Backbone` runs the four checks of `spade_eval.checks` when it is made.
 """
 
 from __future__ import annotations
@@ -181,18 +179,14 @@ class Backbone:
         return Lane(probes[0].states, 0, calls)
 
     def advance(self, lane: Lane, to: int) -> Lane:
-        """Run the lane through the layers up to and including layer `to`, in place; (B, T, d)
-        stays (B, T, d).
-        """
+        """Run the lane, in place, through the layers up to and including layer `to`."""
         for layer in range(lane.depth, to):
             lane.h = lane.calls[layer](self._layers[layer], lane.h)
         lane.depth = max(lane.depth, to)
         return lane
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
-        """All states h^0..h^L of a batch: L + 1 tensors (B, T, d); h^L is taken before the final
-        norm.
-        """
+        """All states h^0..h^L, L + 1 tensors (B, T, d); h^L is taken before the final norm."""
         lane = self.embed(ids)
         return [lane.h] + [self.advance(lane, layer).h for layer in range(1, self.n_layers + 1)]
 
@@ -293,9 +287,7 @@ class Backbone:
 
     @contextmanager
     def _hollow(self, output: Tensor | None = None) -> Iterator[list[_Probe]]:
-        """Probes in the layers' place; the last one returns `output` if given. Always puts the
-        layers back.
-        """
+        """Put probes in the layers' place, the last one returning `output` if given."""
         probes = [_Probe(layer, self._tuple_size) for layer in self._layers]
         probes[-1]._output = output
         setattr(self._owner, self._attribute, nn.ModuleList(probes))

@@ -94,9 +94,7 @@ def run(backbone: Backbone) -> tuple[bool, bool]:
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Largest relative difference ||ours - theirs|| / ||theirs|| over the rows of two (N, width)
-    tensors.
-    """
+    """Largest ||ours - theirs|| / ||theirs|| over the rows of two (N, width) tensors."""
     ours, theirs = ours.float(), theirs.float()
     return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-12)).max())
 
@@ -143,9 +141,7 @@ def _positions_inert(backbone: Backbone) -> bool:
 
 
 def _packs(backbone: Backbone) -> bool:
-    """Whether [a, b | b, c | c, b], two branches behind one context, gives what the two rows
-    give.
-    """
+    """Whether [a, b | b, c | c, b], two branches on one context, gives what two rows give."""
     a, b, c = probe_ids(backbone)[0].tolist()
     rows = torch.tensor([[a, b, b, c], [a, b, c, b]], device=backbone.device)
     packed = torch.tensor([[a, b, b, c, c, b]], device=backbone.device)
@@ -163,9 +159,7 @@ def _packs(backbone: Backbone) -> bool:
 
 
 def additive_mask(sees: Tensor, backbone: Backbone) -> Tensor:
-    """Turn (B, T, T) booleans, true where row t sees column s, into the additive (B, 1, T, T)
-    mask.
-    """
+    """Turn (B, T, T), true where token t sees token s, into an additive (B, 1, T, T) mask."""
     dtype = backbone.model.dtype
     mask = torch.zeros(sees.shape, dtype=dtype, device=backbone.device)
     return mask.masked_fill_(~sees.to(backbone.device), torch.finfo(dtype).min)[:, None]

@@ -72,16 +72,12 @@ class Account:
         self.full_depth_token_layers += batch.tokens * n_layers
 
     def merge(self, other: Account) -> None:
-        """Add another process's or call's sums; wall-clocks of processes run side by side, so
-        callers add time.
-        """
+        """Add another account's sums."""
         for f in fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
     def report(self) -> dict[str, object]:
-        """The sums as they go to the results file, and the share of full depth that was
-        computed.
-        """
+        """The sums for the results file, and the share of full depth that was computed."""
         done = self.main_token_layers + self.tail_token_layers
         full = self.full_depth_token_layers
         ratio = {"token_layer_ratio": round(done / full, 4) if full else None}

@@ -1,12 +1,10 @@
-"""The plan of a scoring run: which tokens are computed, in which rows, and which positions are
-read.
+"""The plan of a scoring run: the tokens to compute, their rows, and the positions to read.
 
 Pure bookkeeping on token ids; no tensors and no model. A request asks for the log-probabilities of
 a continuation after a context. The model is fed `(context + continuation)[:-1]`, and the last
 len(continuation) positions of that are read.
 
-    requests -> feed: sequences -> rows (one sequence each, or a context with all its branches) ->
-    batches
+    requests -> feed: sequences -> plan: rows, with one sequence each or several -> batches
 
 In a packed row the tokens form a forest in depth-first order: a token stands behind its parent,
 sees its ancestors and itself, and counts its position from its root. What sequences have in common
@@ -85,14 +83,19 @@ class Row:
 
     @property
     def is_chain(self) -> bool:
-        """Whether each token follows the one before it, so that causal attention is the right
-        one.
-        """
+        """Whether each token follows the one before it: causal attention is the right one."""
         return self.parents == list(range(-1, len(self) - 1))
 
     def add(self, ids: Sequence[int], path: list[int], shared: int) -> list[int]:
-        """Add a sequence that shares its first `shared` tokens with `path`; return its own path of
-        token indices.
+        """Add a sequence.
+
+        Args:
+            ids: Its token ids.
+            path: Token indices of a sequence in the row.
+            shared: How many of its first tokens it shares with `path`.
+
+        Returns:
+            Its own path.
         """
         path = path[:shared]
         for token in ids[shared:]:
@@ -187,7 +190,7 @@ def plan(requests: Sequence[Request], layout: Layout) -> Plan:
         sequences.setdefault(ids, []).append(index)
     rows: list[Row] = []
     for group in _groups(sorted(sequences), layout):
-        row, path, previous = Row(), [], ()
+        row, path, previous = Row(), list[int](), tuple[int, ...]()
         for ids in group:
             path = row.add(ids, path, _common(previous, ids))
             previous = ids
@@ -201,8 +204,9 @@ def plan(requests: Sequence[Request], layout: Layout) -> Plan:
 
 
 def batches(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
-    """Cut a plan's rows into batches of at most `batch_size` sequences (at least one row); chains
-    and forests apart.
+    """Cut rows into batches of at most `batch_size` sequences but at least one row.
+
+    Chains and forests do not share a batch, since chains need no mask.
     """
     held: list[Row] = []
     for row in rows:

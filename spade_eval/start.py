@@ -25,9 +25,7 @@ CAPACITY = (
 
 
 class _StartLayer(CacheLayerMixin):
-    """One layer's keys and values of the start token; `update` puts them in front and keeps
-    nothing.
-    """
+    """One layer's keys and values of the start token, put in front of whatever comes."""
 
     def __init__(self, keys: Tensor, values: Tensor, rows: Tensor):
         super().__init__()
@@ -103,9 +101,7 @@ class StartStore:
         return len(self._entries)
 
     def get(self, ids: Tensor) -> StartStates:
-        """The states of the start tokens `ids`, (P,); tokens not yet known are computed
-        together.
-        """
+        """The states of the start tokens `ids`, (P,); those not yet known are computed at once."""
         unique, rows = ids.unique(return_inverse=True)
         wanted = unique.tolist()
         if self._last is not None and self._last[0] == wanted:

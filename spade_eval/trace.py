@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answers:
-    """What N reads found: the log-probability of each target in nats, and whether it is the most
-    likely token.
+    """What N reads found.
+
+    Attributes:
+        logprobs: The log-probability of each target, in nats.
+        greedy: Whether it is the most likely token.
     """
 
     logprobs: list[float]

@@ -59,9 +59,7 @@ def four_choice(name: str, split: str) -> list[tuple[str, list[str], int]]:
 
 def clean(*texts: Any) -> bool:
     """Tell whether all values are non-empty strings without stray white space."""
-    return all(
-        isinstance(text, str) and text and text == " ".join(text.split()) for text in texts
-    )
+    return all(isinstance(text, str) and text and text == " ".join(text.split()) for text in texts)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -19,39 +19,14 @@ if TYPE_CHECKING:
 # What `from_pretrained` documents beyond HFLM's own arguments; a config's attributes are accepted
 # too.
 FROM_PRETRAINED = frozenset(
-    [
-        "adapter_kwargs",
-        "adapter_name",
-        "allow_all_kernels",
-        "attn_implementation",
-        "bnb_4bit_compute_dtype",
-        "bnb_4bit_quant_type",
-        "bnb_4bit_use_double_quant",
-        "cache_dir",
-        "code_revision",
-        "config",
-        "device_map",
-        "experts_implementation",
-        "force_download",
-        "ignore_mismatched_sizes",
-        "kernel_config",
-        "key_mapping",
-        "load_in_4bit",
-        "load_in_8bit",
-        "local_files_only",
-        "low_cpu_mem_usage",
-        "max_memory",
-        "offload_buffers",
-        "proxies",
-        "quantization_config",
-        "state_dict",
-        "token",
-        "torch_dtype",
-        "use_kernels",
-        "use_safetensors",
-        "variant",
-        "weights_only",
-    ]
+    """
+    adapter_kwargs adapter_name allow_all_kernels attn_implementation bnb_4bit_compute_dtype
+    bnb_4bit_quant_type bnb_4bit_use_double_quant cache_dir code_revision config device_map
+    experts_implementation force_download ignore_mismatched_sizes kernel_config key_mapping
+    load_in_4bit load_in_8bit local_files_only low_cpu_mem_usage max_memory offload_buffers
+    proxies quantization_config state_dict token torch_dtype use_kernels use_safetensors variant
+    weights_only
+    """.split()  # noqa: SIM905 - a list of literals would be thirty lines
 )
 
 
@@ -102,8 +77,7 @@ def batch_size(value: Any) -> None:
 
 
 def layer(value: Any, n_layers: int | None = None) -> int:
-    """Resolve a layer argument: 0 is the embedding, L the last layer, negative numbers count from
-    there.
+    """Resolve a layer argument; 0 is the embedding, L the last layer, -1 counts back from it.
 
     Args:
         value: What the user gave.
@@ -124,7 +98,7 @@ def layer(value: Any, n_layers: int | None = None) -> int:
         return value
     if not -n_layers - 1 <= value <= n_layers:
         raise UserError(
-            f"layer={value} is out of range: this model has {n_layers} layers, so 0..{n_layers} are "
-            f"valid (0 is the embedding), or {-n_layers - 1}..-1 counted from the last."
+            f"layer={value} is out of range: this model has {n_layers} layers, so 0..{n_layers} "
+            f"are valid (0 is the embedding), or {-n_layers - 1}..-1 counted from the last."
         )
     return value if value >= 0 else n_layers + 1 + value

@@ -80,9 +80,7 @@ class SpadeLM(HFLM):
         raise NotImplementedError
 
     def _settings(self) -> dict[str, object]:
-        """The decoder's settings, as they go to the results file and into the cache's
-        fingerprint.
-        """
+        """The decoder's settings, for the results file and the response cache's fingerprint."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ loading
@@ -107,9 +105,7 @@ class SpadeLM(HFLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any
     ) -> list[int]:
-        """As in HFLM; the last few strings are remembered, since every choice of a context encodes
-        it again.
-        """
+        """As in HFLM, but not again for every choice of a context: the last few are remembered."""
         if args or kwargs:
             return super().tok_encode(string, add_special_tokens, *args, **kwargs)
         key = (string, add_special_tokens)
@@ -226,9 +222,7 @@ class SpadeLM(HFLM):
 
     @property
     def layout(self) -> scoring.Layout:
-        """Which rows this model may be given (`logits_cache=False` gives every sequence its
-        own).
-        """
+        """Which rows this model may be given; `logits_cache=False` asks for one per sequence."""
         config = self.backbone.model.config.get_text_config()
         windows = [
             getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
@@ -243,9 +237,7 @@ class SpadeLM(HFLM):
         )
 
     def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[scoring.Batch]:
-        """Batches of the size that the user gave, or found by trying ("auto", "auto:N" tries N
-        times).
-        """
+        """Batches of the size that the user gave; "auto" finds it, "auto:N" does so N times."""
         if fixed is not None or self.batch_size != "auto":
             yield from scoring.batches(plan.rows, int(fixed or self.batch_size))
             return
@@ -259,9 +251,7 @@ class SpadeLM(HFLM):
                 yield from scoring.batches(rows, self.batch_sizes[part])
 
     def _probe_batch_size(self, rows: Sequence[scoring.Row]) -> int:
-        """The largest size at which the first batch of `rows`, the one with the longest, fits into
-        memory.
-        """
+        """The largest size at which the first batch, which has the longest rows, fits."""
         if self.device.type == "cpu":  # no allocator there that fails before the machine does
             return int(self.max_batch_size)
 
@@ -303,17 +293,13 @@ class SpadeLM(HFLM):
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """As in lm-eval, whose cache keys hold neither model nor layer: refuse a cache of other
-        answers.
-        """
+        """As in lm-eval, but refuse a cache of another configuration's answers."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             guard(cache_hook.dbdict, self.fingerprint())
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's entries, and one of ours, `spade`; lm-eval writes both into the results'
-        `config`.
-        """
+        """HFLM's entries and one of ours, `spade`, for the `config` of the results."""
         spade: dict[str, object] = {
             **self._settings(),
             "layers": self.backbone.n_layers,

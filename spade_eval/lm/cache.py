@@ -27,7 +27,7 @@ def guard(responses: MutableMapping[str, Any], fingerprint: dict[str, object]) -
     seen = responses.get(KEY)
     if seen is None and len(responses):
         raise UserError(
-            "This --use_cache file holds answers of an unknown model: it was not begun by spade_eval. "
+            "This --use_cache file holds answers of an unknown model: spade_eval did not begin it. "
             "Give another --use_cache path."
         )
     if seen is not None and seen != fingerprint:
@@ -41,9 +41,7 @@ def guard(responses: MutableMapping[str, Any], fingerprint: dict[str, object]) -
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A hash of the first 64 numbers of every parameter: cheap, and no fine-tuning leaves it
-    alone.
-    """
+    """A hash of the first 64 numbers of every parameter, which no fine-tuning leaves alone."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.device.type != "meta":  # offloaded to disk
