@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-DEMO := $(BIN)/spade-eval run --model spade_layer --batch_size 8 --limit 20 \
+DEMO := $(BIN)/spade-eval run --model spade_layer --batch_size 8 --limit 12 \
 	--tasks spade_mini_science,spade_mini_yesno,spade_mini_health
 
 # The model and the tasks of every target are on this machine once setup is done.

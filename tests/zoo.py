@@ -10,6 +10,7 @@ import functools
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 VOCAB = 97
@@ -81,3 +82,19 @@ def tiny(name: str, seed: int = 0, **overrides: object) -> nn.Module:
 def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Token ids (rows, tokens), none of them special."""
     return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def byte_tokenizer(bos: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte (ids 3..258) behind <pad>, <bos> and <eos>; it adds no BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<bos>", "<eos>"]
+    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"pad_token": "<pad>"} | ({"bos_token": "<bos>", "eos_token": "<eos>"} if bos else {})
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+BYTES = 3 + 256

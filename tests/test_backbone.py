@@ -1,0 +1,111 @@
+"""The hollow pass gives each family's own states and logits, and the checks refuse what cannot be decoded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from zoo import FAMILIES, REFUSED, random_ids, tiny
+
+from spade_eval.backbone import Backbone
+from spade_eval.errors import UnsupportedModelError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_layer_by_layer_is_the_model_bit_for_bit(family: str) -> None:
+    model, ids = tiny(family), random_ids(2, 9)
+    backbone = Backbone(model)
+    ours = backbone.hidden_states(ids)
+    theirs = model(ids, output_hidden_states=True, use_cache=False)
+    assert len(ours) == backbone.n_layers + 1 == len(theirs.hidden_states)
+    # transformers returns the last state after the final norm, so L itself is compared by its logits.
+    for layer, (a, b) in enumerate(zip(ours[:-1], theirs.hidden_states[:-1], strict=True)):
+        assert torch.equal(a, b), f"layer {layer}"
+    logits = backbone.logits(ours[-1].flatten(0, 1)).view_as(theirs.logits)
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_row_may_be_packed_or_the_check_says_no(family: str) -> None:
+    # Alibi models build their biases from a 2D mask and cannot take a 4D one.
+    assert Backbone(tiny(family)).packs == (family not in {"bloom", "falcon_alibi"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_inert_where_they_are_added_to_the_embedding_or_absent(family: str) -> None:
+    inert = {"gpt2", "opt", "opt_projected", "bloom", "falcon_alibi"}
+    assert Backbone(tiny(family)).positions_inert == (family in inert)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_that_cannot_be_decoded_are_refused_by_name(family: str) -> None:
+    model = tiny(family)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        Backbone(model)
+    assert type(model).__name__ in str(refusal.value)
+    assert ("encoder-decoder" if family == "t5" else "fails check") in str(refusal.value)
+
+
+def test_a_model_that_looks_ahead_fails_the_start_check() -> None:
+    """A causal model whose first layer mixes in later tokens is caught, whatever its class says."""
+    model = tiny("llama", seed=3)
+    layer = model.model.layers[0]
+    handle = layer.register_forward_hook(lambda _m, _a, out: out + out.mean(1, keepdim=True))
+    try:
+        with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM fails check [23]"):
+            Backbone(model)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_lora_adapter_is_part_of_the_model() -> None:
+    base, ids = tiny("llama", seed=5), random_ids(2, 7)
+    plain = Backbone(base).hidden_states(ids)[-1]
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, config).eval()
+    backbone = Backbone(adapted)
+    states = backbone.hidden_states(ids)
+    expected = adapted(ids, use_cache=False).logits
+    torch.testing.assert_close(backbone.logits(states[-1].flatten(0, 1)).view_as(expected), expected)
+    assert (states[-1] - plain).abs().max() > 0.1
+    assert backbone.name == "LlamaForCausalLM"
+
+
+@torch.no_grad()
+def test_layers_are_back_in_place_after_a_pass_and_after_an_error() -> None:
+    model, ids = tiny("qwen2"), random_ids(1, 5)
+    backbone = Backbone(model)
+    layers = model.model.layers
+    backbone.hidden_states(ids)
+    assert model.model.layers is layers
+    with pytest.raises(IndexError):
+        backbone.embed(torch.tensor([[10**6]]))
+    assert model.model.layers is layers
+    assert model(ids).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_bf16_passes_the_checks() -> None:
+    model = tiny("llama", seed=7).to(torch.bfloat16)
+    assert Backbone(model).packs
+
+
+@torch.no_grad()
+def test_a_tail_runs_one_token_through_the_upper_layers_only() -> None:
+    backbone = Backbone(tiny("llama", seed=9))
+    ids = random_ids(3, 6)
+    h = backbone.hidden_states(ids)[2][:, -1]
+    backbone.start_states(ids[:, 0])  # known from now on
+    seen: list[tuple[int, torch.Size]] = []
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, out, i=i: seen.append((i, out.shape)))
+        for i, layer in enumerate(backbone._layers)
+    ]
+    backbone.tail(h, 2, ids[:, -1], torch.ones(3, dtype=torch.long), ids[:, 0])
+    for handle in handles:
+        handle.remove()
+    assert seen == [(2, (3, 1, backbone.width)), (3, (3, 1, backbone.width))]

@@ -1,0 +1,169 @@
+"""The plan by itself: every request is read exactly once, at positions that see exactly its own prefix."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spade_eval.errors import UserError
+from spade_eval.scoring import Batch, Layout, Request, Row, batches, collate, feed, plan, visible
+
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple)  # few ids: much is shared
+requests = st.lists(st.builds(Request, tokens, tokens), max_size=25)
+layouts = st.builds(
+    Layout,
+    max_length=st.integers(8, 30),
+    packed=st.booleans(),
+    window=st.one_of(st.none(), st.integers(3, 12)),
+    crossover=st.sampled_from([3.0, 50.0, 1e9]),
+    kept=st.sampled_from([(), (0,)]),
+)
+
+
+def prefix(row: Row, index: int) -> tuple[int, ...]:
+    """The tokens from a root down to `index`."""
+    out: list[int] = []
+    while index >= 0:
+        out.append(row.ids[index])
+        index = row.parents[index]
+    return tuple(reversed(out))
+
+
+@given(requests, layouts)
+def test_every_request_is_read_once_behind_its_own_prefix(
+    asked: list[Request], layout: Layout
+) -> None:
+    laid = plan(asked, layout)
+    read = Counter()
+    for row in laid.rows:
+        for index, target, request in row.reads:
+            read[request, prefix(row, index), target] += 1
+    expected = Counter()
+    for i, request in enumerate(asked):
+        fed, _ = feed(request, layout)
+        n = len(request.continuation)
+        for k, target in enumerate(request.continuation):
+            expected[i, fed[: len(fed) - n + k + 1], target] += 1
+    assert read == expected
+
+
+@given(requests, layouts)
+def test_rows_keep_to_the_layout(asked: list[Request], layout: Layout) -> None:
+    laid = plan(asked, layout)
+    assert laid.truncated == sum(feed(r, layout)[1] for r in asked)
+    for row in laid.rows:
+        assert len(row) <= layout.max_length
+        assert row.is_chain == (row.sequences == 1 or len(set(row.parents)) == len(row))
+        longest = max(row.positions) + 1
+        if not row.is_chain:
+            assert layout.packed
+            assert layout.window is None or longest <= layout.window
+        # Nothing that two sequences of a row have in common at their beginning is there twice.
+        prefixes = [prefix(row, i) for i in range(len(row))]
+        assert len(set(prefixes)) == len(prefixes)
+        for i, parent in enumerate(row.parents):
+            assert parent < i
+            assert row.positions[i] == len(prefixes[i]) - 1
+            assert row.ids[row.starts[i]] == prefixes[i][0]
+
+
+@given(requests, layouts, st.integers(1, 9))
+def test_batches_hold_every_row_once_and_keep_their_size(
+    asked: list[Request], layout: Layout, batch_size: int
+) -> None:
+    rows = plan(asked, layout).rows
+    cut = list(batches(rows, batch_size))
+    assert sum(len(b.ids) for b in cut) == len(rows)
+    assert sum(b.tokens for b in cut) == sum(len(row) for row in rows)
+    read = Counter(int(r) for b in cut for r in b.requests)
+    assert read == Counter({i: len(r.continuation) for i, r in enumerate(asked)})
+    for batch in cut:
+        assert batch.sequences <= batch_size or len(batch.ids) == 1
+        assert len(set(batch.scored.tolist())) == len(batch.scored)
+        check_masks(batch)
+
+
+def check_masks(batch: Batch) -> None:
+    """A scored token sees exactly as many tokens as its position says; no token sees a later one or padding."""
+    if batch.sees is None:
+        return
+    width = batch.ids.shape[1]
+    assert not np.triu(batch.sees, 1).any()
+    assert batch.sees[:, np.arange(width), np.arange(width)].all()
+    flat = batch.sees.reshape(-1, width)
+    assert (flat[batch.scored].sum(1) == batch.scored_positions + 1).all()
+
+
+@given(requests, layouts)
+def test_order_of_requests_does_not_change_the_rows(asked: list[Request], layout: Layout) -> None:
+    forward = [row.ids for row in plan(asked, layout).rows]
+    assert forward == [row.ids for row in plan(asked[::-1], layout).rows]
+
+
+def test_a_context_is_fed_once_for_all_its_choices() -> None:
+    context = (5, 6, 7, 8)
+    asked = [Request(context, (c, 9, c)) for c in (1, 2, 3)] + [Request(context, (4,))]
+    (row,) = plan(asked, Layout(max_length=99, packed=True)).rows
+    assert row.ids == [5, 6, 7, 8, 1, 9, 2, 9, 3, 9]
+    assert row.sequences == 4  # one-token answers end at the context
+    dense = plan(asked, Layout(max_length=99)).rows
+    assert sorted(map(len, dense)) == [4, 6, 6, 6]
+
+
+def test_one_token_choices_and_duplicates_share_one_sequence() -> None:
+    asked = [Request((1, 2), (3,)), Request((1, 2), (4,)), Request((1, 2), (3,))]
+    (row,) = plan(asked, Layout(max_length=9)).rows
+    assert row.ids == [1, 2]
+    assert row.reads == [(1, 3, 0), (1, 4, 1), (1, 3, 2)]
+    batch = collate([row])
+    assert batch.scored.tolist() == [1]
+
+
+def test_equal_tokens_split_at_different_points_are_read_where_each_begins() -> None:
+    asked = [Request((1, 2), (3, 4)), Request((1, 2, 3), (4,))]
+    (row,) = plan(asked, Layout(max_length=9)).rows
+    assert row.reads == [(1, 3, 0), (2, 4, 0), (2, 4, 1)]
+
+
+def test_neighbours_with_a_long_common_prefix_share_a_row_and_strangers_do_not() -> None:
+    shots = tuple(range(100, 160))
+    few_shot = [Request((*shots, i), (1,)) for i in range(4)]
+    zero_shot = [Request((i, i, i, i), (1,)) for i in range(4)]
+    layout = Layout(max_length=999, packed=True, crossover=1000.0)
+    assert len(plan(few_shot, layout).rows) == 1
+    assert len(plan(zero_shot, layout).rows) == 4
+
+
+def test_truncation_keeps_a_special_first_token_and_cuts_behind_it() -> None:
+    request = Request((0, 1, 2, 3, 4), (5, 6))
+    assert feed(request, Layout(max_length=4)) == ((2, 3, 4, 5), True)
+    assert feed(request, Layout(max_length=4, kept=(0,))) == ((0, 3, 4, 5), True)
+    assert feed(request, Layout(max_length=6)) == ((0, 1, 2, 3, 4, 5), False)
+
+
+def test_padding_sees_itself_alone() -> None:
+    sees = visible([-1, 0, 0], 5)
+    assert sees.tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [True, False, True, False, False],
+        [False, False, False, True, False],
+        [False, False, False, False, True],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), (1,)), "Request 0 has an empty context.*prefix_token_id"),
+        (Request((1,), ()), "Request 0 has an empty continuation.*nothing to score"),
+        (Request((1,), (1,) * 9), "continuation of 9 tokens, and the model takes 8"),
+    ],
+)
+def test_requests_that_cannot_be_scored(request_: Request, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan([request_], Layout(max_length=8))
