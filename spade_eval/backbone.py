@@ -135,7 +135,7 @@ class Backbone:
         self.n_layers = len(self._layers)
 
         self.width, self.vocab_size, self._tuple_size = checks.measure(self)
-        self._starts = StartStore(self._compute_starts)
+        self.starts = StartStore(self._compute_starts)
         self.positions_inert, self.packs = checks.run(self)
         # A layer takes 2 * parameters operations per token, and 4 * d more per key.
         self.crossover = sum(p.numel() for p in self._layers[0].parameters()) / (2 * self.width)
@@ -220,7 +220,7 @@ class Backbone:
         Args:
             start_ids: (P,).
         """
-        return self._starts.get(start_ids)
+        return self.starts.get(start_ids)
 
     def tail(
         self,

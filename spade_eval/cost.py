@@ -35,6 +35,7 @@ class Account:
         tokens_hf: Tokens that one row per sequence would take, as `--model hf` feeds them.
         main_token_layers: Tokens times the layers they passed before a decoder read them.
         tail_token_layers: The same for answer tokens in the tail.
+        start_token_layers: The same for start tokens, each of which is computed once.
         full_depth_token_layers: The same plan through all layers.
         seconds: Wall-clock of the request phase.
     """
@@ -50,11 +51,12 @@ class Account:
     tokens_hf: int = 0
     main_token_layers: int = 0
     tail_token_layers: int = 0
+    start_token_layers: int = 0
     full_depth_token_layers: int = 0
     seconds: float = 0.0
 
-    def add(self, batch: Batch, layer: int, n_layers: int, has_tail: bool) -> None:
-        """Count a batch that left the main lane at `layer`."""
+    def add(self, batch: Batch, layer: int, n_layers: int, has_tail: bool, starts: int) -> None:
+        """Count a batch that left the main lane at `layer` and needed `starts` new start tokens."""
         scored, first = len(batch.scored), int((batch.scored_positions == 0).sum())
         here = len(set(batch.requests.tolist()))
         self.requests += here
@@ -69,6 +71,7 @@ class Account:
         self.tokens_hf += batch.tokens_hf
         self.main_token_layers += batch.tokens * layer
         self.tail_token_layers += (scored - first) * (n_layers - layer) * has_tail
+        self.start_token_layers += starts * n_layers
         self.full_depth_token_layers += batch.tokens * n_layers
 
     def merge(self, other: Account) -> None:
@@ -78,7 +81,7 @@ class Account:
 
     def report(self) -> dict[str, object]:
         """The sums for the results file, and the share of full depth that was computed."""
-        done = self.main_token_layers + self.tail_token_layers
+        done = self.main_token_layers + self.tail_token_layers + self.start_token_layers
         full = self.full_depth_token_layers
         ratio = {"token_layer_ratio": round(done / full, 4) if full else None}
         return asdict(self) | {"seconds": round(self.seconds, 3)} | ratio

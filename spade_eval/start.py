@@ -93,6 +93,7 @@ class StartStore:
     """
 
     def __init__(self, compute: Callable[[Tensor], tuple[Tensor, Cache]], capacity: int = CAPACITY):
+        self.computed = 0  # start tokens run through the model so far
         self._compute, self._capacity = compute, capacity
         self._entries: OrderedDict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._last: tuple[list[int], StartStates] | None = None  # most tasks have one start token
@@ -127,6 +128,7 @@ class StartStore:
 
     def _add(self, new: list[int], device: torch.device) -> None:
         states, cache = self._compute(torch.tensor(new, device=device))
+        self.computed += len(new)
         for row, i in enumerate(new):
             # Clones, so that an evicted token's memory is freed with its entry.
             pairs = [(kv.keys[row].clone(), kv.values[row].clone()) for kv in cache.layers]

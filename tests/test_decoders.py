@@ -189,6 +189,6 @@ def test_more_distinct_starts_than_the_store_holds_still_decode() -> None:
     hidden = backbone.hidden_states(ids)
     at = [(row, 3) for row in range(40)]
     wide = decoders.read(Spade(), backbone, states_at(hidden, 2, ids, at))
-    backbone._starts = StartStore(backbone._compute_starts, capacity=2)
+    backbone.starts = StartStore(backbone._compute_starts, capacity=2)
     narrow = decoders.read(Spade(), backbone, states_at(hidden, 2, ids, at))
     torch.testing.assert_close(wide, narrow)

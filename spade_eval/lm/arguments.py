@@ -89,6 +89,8 @@ def layer(value: Any, n_layers: int | None = None) -> int:
     Raises:
         UserError: Not a whole number, or out of range.
     """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # lm-eval's command line reads -1 as -1.0
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(
             f"layer={value!r} is not a whole number. Give a layer from 0 (the embedding) to the "

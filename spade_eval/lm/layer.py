@@ -30,7 +30,7 @@ class FixedLayerLM(SpadeLM):
     def __init__(self, decoder: Decoder, layer: int | None, **kwargs: Any):
         if layer is None:
             raise UserError(
-                "layer is missing: give --model_args layer=N (0 is the embedding, -1 the last)."
+                "layer is missing: give layer=N (0 is the embedding, -1 the last)."
             )
         self.decoder, self.layer = decoder, arguments.layer(layer)
         super().__init__(**kwargs)
@@ -41,8 +41,10 @@ class FixedLayerLM(SpadeLM):
 
     def _score(self, batch: Batch, account: Account) -> Answers:
         dtype = self.softmax_dtype or torch.float32
+        known = self.backbone.starts.computed
         answers = score(self.backbone, batch, self.decoder, self.layer, dtype)
-        account.add(batch, self.layer, self.backbone.n_layers, self.decoder.has_tail)
+        starts = self.backbone.starts.computed - known
+        account.add(batch, self.layer, self.backbone.n_layers, self.decoder.has_tail, starts)
         return answers
 
     def _settings(self) -> dict[str, object]:

@@ -1,0 +1,163 @@
+"""Bad input ends in a sentence that says what is wrong, what was found and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval._cli.utils import key_val_to_dict
+from lm_eval.api.model import CachingLM
+from sqlitedict import SqliteDict
+from test_lm import build, instances, model
+from zoo import byte_tokenizer, tiny
+
+from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer": 5}, r"layer=5 is out of range: this model has 4 layers, so 0\.\.4 are valid.*-5\.\.-1"),
+        ({"layer": -6}, r"layer=-6 is out of range"),
+        ({"layer": 1.5}, r"layer=1\.5 is not a whole number"),
+        ({"layer": "last"}, r"layer='last' is not a whole number"),
+        ({"layer": True}, r"layer=True is not a whole number"),
+        ({}, r"layer is missing: give layer=N"),
+        ({"layer": 1, "positions": "kep"}, r"positions='kep' is not known; valid: reset, keep. Did you mean 'keep'"),
+        ({"layer": 1, "start": "no"}, r"start='no' is not known; valid: keep, none"),
+        ({"layer": 1, "batch_size": 0}, r"batch_size=0: give a number from 1 up, 'auto' or 'auto:N'"),
+        ({"layer": 1, "batch_size": "many"}, r"batch_size='many': give a number"),
+        ({"layer": 1, "positoins": "keep"}, r"'positoins' is not an argument. Did you mean 'positions'"),
+        ({"layer": 1, "dtpye": "bfloat16"}, r"'dtpye' is not an argument. Did you mean 'dtype'\?"),
+        ({"layer": 1, "treshold": 1.0}, r"SpadeLayerLM: 'treshold' is not an argument"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(SpadeLayerLM, **arguments)
+
+
+def test_arguments_are_checked_before_weights_are_loaded(tmp_path: Path) -> None:
+    """A folder with a config and a tokenizer but no weights: only the argument is complained about."""
+    model().config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for arguments, message in [({"layer": 9}, "out of range"), ({"layer": 1, "lyer": 2}, "Did you mean 'layer'")]:
+        with pytest.raises(UserError, match=message):
+            SpadeLayerLM(pretrained=str(tmp_path), device="cpu", **arguments)
+    with pytest.raises(OSError, match="no file named"):
+        SpadeLayerLM(pretrained=str(tmp_path), device="cpu", layer=1)
+
+
+def test_config_attributes_and_from_pretrained_arguments_pass(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    lm = LogitLensLM(
+        pretrained=str(tmp_path), device="cpu", layer=1, attn_implementation="eager", rms_norm_eps=1e-4
+    )
+    assert lm.model.config._attn_implementation == "eager"
+    assert lm.model.config.rms_norm_eps == 1e-4
+
+
+@pytest.mark.parametrize(("typed", "layer"), [("layer=-1", 4), ("layer=-3", 2), ("layer=0", 0)])
+def test_layers_as_the_command_line_reads_them(typed: str, layer: int) -> None:
+    assert build(SpadeLayerLM, **key_val_to_dict(typed)).layer == layer
+
+
+def test_encoder_decoder_models_are_refused(tmp_path: Path) -> None:
+    tiny("t5").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"encoder-decoder model \(t5\).*causal"):
+        SpadeLayerLM(pretrained=str(tmp_path), device="cpu", layer=1)
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba", "recurrent_gemma"])
+def test_recurrent_models_are_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="fails check 2"):
+        SpadeLayerLM(pretrained=tiny(family), tokenizer=byte_tokenizer(), layer=1)
+
+
+def test_add_bos_token_needs_a_bos_token() -> None:
+    with pytest.raises(UserError, match="add_bos_token=True, but the tokenizer of .* has no BOS token"):
+        build(SpadeLayerLM, layer=1, add_bos_token=True, tokenizer=byte_tokenizer(bos=False))
+
+
+def test_empty_context_needs_a_token_to_put_there() -> None:
+    lm = build(SpadeLayerLM, layer=1, tokenizer=byte_tokenizer(bos=False))
+    with pytest.raises(UserError, match="Empty context in task task, document 0.*prefix_token_id=ID"):
+        lm.loglikelihood(instances([("", "x")]))
+
+
+def test_empty_continuation_is_named() -> None:
+    lm = build(SpadeLayerLM, layer=1)
+    with pytest.raises(UserError, match="Empty continuation in task task, document 1"):
+        lm.loglikelihood(instances([("a", "x"), ("b", "")]))
+    assert lm.account.requests == 0
+
+
+def test_generation_says_which_models_will_do_it() -> None:
+    lm = build(LogitLensLM, layer=1)
+    with pytest.raises(UserError, match=r"task: the task asks for generated text.*spade_exit.*--model hf"):
+        lm.generate_until(instances([("a", {})], "generate_until"))
+
+
+# ---------------------------------------------------------------- --use_cache
+
+
+def answer(lm: Any, path: Path) -> tuple[Any, Any]:
+    cached = CachingLM(lm, str(path))
+    try:
+        return cached.loglikelihood(instances([("abc", "d"), ("abc", "ef")])), lm
+    finally:
+        cached.dbdict.close()
+
+
+def test_a_cache_is_used_again_by_its_own_configuration_only(tmp_path: Path) -> None:
+    path = tmp_path / "answers.db"
+    first, lm = answer(build(SpadeLayerLM, layer=2), path)
+    assert lm.account.requests == 2
+    again, lm = answer(build(SpadeLayerLM, layer=2), path)
+    assert again == first
+    assert lm.account.requests == 0
+    for other, differs in [
+        (build(SpadeLayerLM, layer=3), "layer was 2, is 3"),
+        (build(SpadeLayerLM, layer=2, positions="keep"), "positions was 'reset', is 'keep'"),
+        (build(LogitLensLM, layer=2), "decoder was 'spade', is 'logit_lens'"),
+        (build(SpadeLayerLM, family="gemma", layer=2), "weights was"),
+    ]:
+        with pytest.raises(UserError, match=f"answers of another configuration.*{differs}"):
+            answer(other, path)
+    assert answer(build(SpadeLayerLM, layer=2), path)[0] == first
+
+
+def test_a_cache_of_unknown_origin_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "answers.db"
+    with SqliteDict(str(path), autocommit=True) as foreign:
+        foreign["0123"] = (-1.0, True)
+    with pytest.raises(UserError, match="spade_eval did not begin it"):
+        answer(build(SpadeLayerLM, layer=2), path)
+
+
+def test_a_killed_run_leaves_its_answers_in_the_cache(tmp_path: Path) -> None:
+    path = tmp_path / "answers.db"
+    lm = build(SpadeLayerLM, layer=2, batch_size=1)
+    score, calls = lm._score, []
+
+    def die_at_the_second_batch(batch: Any, account: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(batch, account)
+
+    lm._score = die_at_the_second_batch
+    pairs = instances([("abcdef", "gh"), ("x", "y")])
+    cached = CachingLM(lm, str(path))
+    with pytest.raises(KeyboardInterrupt):
+        cached.loglikelihood(pairs)
+    cached.dbdict.close()
+    resumed = build(SpadeLayerLM, layer=2)
+    cached = CachingLM(resumed, str(path))
+    assert cached.loglikelihood(pairs) == build(SpadeLayerLM, layer=2).loglikelihood(pairs)
+    assert resumed.account.requests == 1
+    cached.dbdict.close()
