@@ -205,7 +205,7 @@ def test_the_account_says_what_the_layers_saw() -> None:
     padded = account["tokens"] + account["padding"] + starts
     tails = account["positions_scored"] - account["first_positions"]
     assert seen == [padded, padded, padded, tails + starts]
-    assert account["first_positions"] == 1
+    assert account["first_positions"] == 2
     assert account["main_token_layers"] == 3 * account["tokens"]
     assert account["tail_token_layers"] == tails
     assert account["start_token_layers"] == 4 * starts
