@@ -268,8 +268,12 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
+        """Where token ids go: the device on which the input embedding runs."""
+        embedding = self.model.get_input_embeddings()
+        if embedding.weight.device.type != "meta":
+            return embedding.weight.device
+        # Offloaded by accelerate, which loads the weights when the module is called.
+        return torch.device(getattr(embedding._hf_hook, "execution_device", "cpu"))
 
     @torch.no_grad()
     def _compute_starts(self, ids: Tensor) -> tuple[Tensor, Any]:
