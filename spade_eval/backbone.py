@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-LOGITS_BYTES = 256 * 2**20  # logits alive at once: a 256k vocabulary in fp32 still gets 256 rows
+# Logits alive at once. On a CPU, blocks of over 32 MB are fetched from the system anew each time, and
+# touching their pages takes as long as the head; on a GPU larger products are the faster ones.
+LOGITS_BYTES, LOGITS_BYTES_CPU = 256 * 2**20, 32 * 2**20
 TAIL_ROWS = (
     4096  # one-token rows sent through the upper layers at once: bounds keys and MLP activations
 )
@@ -137,8 +139,9 @@ class Backbone:
         self.width, self.vocab_size, self._tuple_size = checks.measure(self)
         self.starts = StartStore(self._compute_starts)
         self.positions_inert, self.packs = checks.run(self)
-        # A layer takes 2 * parameters operations per token, and 4 * d more per key.
-        self.crossover = sum(p.numel() for p in self._layers[0].parameters()) / (2 * self.width)
+        # A layer takes 2 * parameters operations per token, and 4 * d more per key; those of attention
+        # under a mask run at about a third of the speed (measured on CPU).
+        self.crossover = sum(p.numel() for p in self._layers[0].parameters()) / (6 * self.width)
 
     # ------------------------------------------------------------------ one pass, layer by layer
 
@@ -208,7 +211,8 @@ class Backbone:
 
     def logits_rows(self, dtype: torch.dtype = torch.float32) -> int:
         """Rows whose logits fit the memory bound, at least one."""
-        return max(1, LOGITS_BYTES // (self.vocab_size * dtype.itemsize))
+        held = LOGITS_BYTES_CPU if self.device.type == "cpu" else LOGITS_BYTES
+        return max(1, held // (self.vocab_size * dtype.itemsize))
 
     # ------------------------------------------------------------------ the two-token tail
 

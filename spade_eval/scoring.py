@@ -14,6 +14,7 @@ what `--model hf` feeds.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
 Ints = NDArray[np.int64]
+FILL = 8  # rows are filled up to crossover / FILL tokens, where attention costs 1 / FILL of the rest
+MOST_PADDING = 1 / 8  # a batch is cut before more padding than this, once it has enough tokens
+ENOUGH_TOKENS = 512  # matrix products gain little from more on a CPU
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Row:
         reads: (token index, target id, request index): the target's log-probability is read there.
         sequences: Distinct sequences in the row; what `--model hf` would feed as rows of their own.
         tokens_apart: Tokens of those sequences, counted one by one.
+        longest: Tokens of the longest of them.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -77,9 +82,22 @@ class Row:
     reads: list[tuple[int, int, int]] = field(default_factory=list)
     sequences: int = 0
     tokens_apart: int = 0
+    longest: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def append(self, other: Row) -> None:
+        """Put another row's trees behind this one's."""
+        offset = len(self)
+        self.ids += other.ids
+        self.parents += [p + offset if p >= 0 else -1 for p in other.parents]
+        self.positions += other.positions
+        self.starts += [s + offset for s in other.starts]
+        self.reads += [(index + offset, target, request) for index, target, request in other.reads]
+        self.sequences += other.sequences
+        self.tokens_apart += other.tokens_apart
+        self.longest = max(self.longest, other.longest)
 
     @property
     def is_chain(self) -> bool:
@@ -108,6 +126,7 @@ class Row:
             path.append(index)
         self.sequences += 1
         self.tokens_apart += len(ids)
+        self.longest = max(self.longest, len(ids))
         return path
 
 
@@ -138,7 +157,7 @@ class Batch:
         token_ids: The tokens at the scored positions, (P,).
         start_ids: The first token of each one's sequence, (P,).
         scored_positions: Position of each in its sequence, (P,).
-        read_at: For each of N reads, which of the P positions it reads.
+        read_at: For each of N reads, which of the P positions it reads, ascending.
         targets: For each read the token whose log-probability is asked for, (N,).
         requests: For each read the request it belongs to, (N,).
         tokens: Tokens that are not padding.
@@ -199,19 +218,29 @@ def plan(requests: Sequence[Request], layout: Layout) -> Plan:
                 at = path[-len(targets) :]
                 row.reads.extend((t, target, index) for t, target in zip(at, targets, strict=True))
         rows.append(row)
+    if layout.packed:
+        rows = _fill(rows, layout)
     rows.sort(key=lambda row: (not row.is_chain, -len(row), row.ids))
     return Plan(rows, len(requests), truncated)
 
 
 def batches(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
-    """Cut rows into batches of at most `batch_size` sequences but at least one row.
+    """Cut rows into batches as large as `--model hf` makes them, but of at least one row.
+
+    `batch_size` sequences of the longest length there would be padded to that many tokens; a batch holds as
+    many tokens, padding included. Counting packed rows by their sequences would shrink batches by what
+    sharing saves, and with them the matrix products' efficiency.
 
     Chains and forests do not share a batch, since chains need no mask.
     """
     held: list[Row] = []
     for row in rows:
-        full = sum(r.sequences for r in held) + row.sequences > batch_size
-        if held and (full or row.is_chain != held[0].is_chain):
+        width, longest = max(map(len, [*held, row])), max(r.longest for r in [*held, row])
+        padded = (len(held) + 1) * width
+        real = sum(map(len, held))
+        full = padded > batch_size * longest
+        wasteful = real >= ENOUGH_TOKENS and padded > (real + len(row)) * (1 + MOST_PADDING)
+        if held and (full or wasteful or row.is_chain != held[0].is_chain):
             yield collate(held)
             held = []
         held.append(row)
@@ -237,7 +266,7 @@ def collate(rows: Sequence[Row]) -> Batch:
             reads.append((scored.setdefault(b * width + t, len(scored)), target, request))
     at = np.fromiter(scored, dtype=np.int64, count=len(scored))
     where = [(rows[i // width], i % width) for i in scored]
-    read_at, targets, requests = np.array(reads, dtype=np.int64).reshape(-1, 3).T
+    read_at, targets, requests = np.array(sorted(reads), dtype=np.int64).reshape(-1, 3).T
     return Batch(
         ids=ids,
         positions=positions,
@@ -295,6 +324,28 @@ def _groups(ordered: Sequence[tuple[int, ...]], layout: Layout) -> Iterator[list
             group, size = [ids], len(ids)
     if group:
         yield group
+
+
+def _fill(rows: list[Row], layout: Layout) -> list[Row]:
+    """Let short rows share a row: best fit, longest first, so that batches of equal rows need little padding.
+
+    The tokens of such a row are compared for nothing with those of its other trees, which bounds its length.
+    """
+    capacity = min(int(layout.crossover / FILL), layout.max_length)
+    filled: list[Row] = []
+    free: list[tuple[int, int]] = []  # (room left, index into `filled`), ascending
+    for row in sorted(rows, key=lambda row: (-len(row), row.ids)):
+        at = bisect_left(free, (len(row), 0))
+        in_window = layout.window is None or row.longest <= layout.window
+        if at < len(free) and in_window:
+            room, index = free.pop(at)
+            filled[index].append(row)
+        else:
+            room, index = capacity, len(filled)
+            filled.append(row)
+        if in_window and len(row) < room:
+            insort(free, (room - len(row), index))
+    return filled
 
 
 def _fits(before: Sequence[int], ids: Sequence[int], size: int, layout: Layout) -> bool:

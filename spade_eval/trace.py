@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def read(backbone: Backbone, h: Tensor, batch: Batch, softmax_dtype: torch.dtype
     rows = backbone.logits_rows()
     for first in range(0, len(h), rows):
         logits = backbone.logits(h[first : first + rows]).to(h.device)  # (P', V)
-        here = (read_at >= first) & (read_at < first + rows)
+        here = slice(*np.searchsorted(batch.read_at, (first, first + rows)))
         at, target = read_at[here] - first, targets[here]
         # The same operation as HFLM's, so that its rounding cancels in a comparison.
         logprobs[here] = logits.log_softmax(-1, dtype=softmax_dtype)[at, target]

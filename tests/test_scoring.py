@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spade_eval.errors import UserError
-from spade_eval.scoring import Batch, Layout, Request, Row, batches, collate, feed, plan, visible
+from spade_eval.scoring import (
+    FILL,
+    Batch,
+    Layout,
+    Request,
+    Row,
+    batches,
+    collate,
+    feed,
+    plan,
+    visible,
+)
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple)  # few ids: much is shared
 requests = st.lists(st.builds(Request, tokens, tokens), max_size=25)
@@ -57,14 +68,14 @@ def test_rows_keep_to_the_layout(asked: list[Request], layout: Layout) -> None:
     assert laid.truncated == sum(feed(r, layout)[1] for r in asked)
     for row in laid.rows:
         assert len(row) <= layout.max_length
-        assert row.is_chain == (row.sequences == 1 or len(set(row.parents)) == len(row))
+        assert row.longest == max(row.positions) + 1
         longest = max(row.positions) + 1
         if not row.is_chain:
             assert layout.packed
             assert layout.window is None or longest <= layout.window
-        # Nothing that two sequences of a row have in common at their beginning is there twice.
+        # Nothing that two sequences of a tree have in common at their beginning is there twice.
         prefixes = [prefix(row, i) for i in range(len(row))]
-        assert len(set(prefixes)) == len(prefixes)
+        assert len(set(zip(row.starts, prefixes, strict=True))) == len(row)
         for i, parent in enumerate(row.parents):
             assert parent < i
             assert row.positions[i] == len(prefixes[i]) - 1
@@ -82,7 +93,8 @@ def test_batches_hold_every_row_once_and_keep_their_size(
     read = Counter(int(r) for b in cut for r in b.requests)
     assert read == Counter({i: len(r.continuation) for i, r in enumerate(asked)})
     for batch in cut:
-        assert batch.sequences <= batch_size or len(batch.ids) == 1
+        longest = batch.scored_positions.max() + 1
+        assert batch.ids.size <= batch_size * longest or len(batch.ids) == 1
         assert len(set(batch.scored.tolist())) == len(batch.scored)
         check_masks(batch)
 
@@ -131,11 +143,29 @@ def test_equal_tokens_split_at_different_points_are_read_where_each_begins() -> 
 
 def test_neighbours_with_a_long_common_prefix_share_a_row_and_strangers_do_not() -> None:
     shots = tuple(range(100, 160))
-    few_shot = [Request((*shots, i), (1,)) for i in range(4)]
-    zero_shot = [Request((i, i, i, i), (1,)) for i in range(4)]
-    layout = Layout(max_length=999, packed=True, crossover=1000.0)
-    assert len(plan(few_shot, layout).rows) == 1
-    assert len(plan(zero_shot, layout).rows) == 4
+    layout = Layout(max_length=999, packed=True, crossover=400.0)
+    few_shot = [Request((*shots, i, i), (1,)) for i in range(4)]
+    (row,) = plan(few_shot, layout).rows
+    assert len(row) == 60 + 4 * 2
+    strangers = [Request((i, *shots, i), (1,)) for i in range(4)]
+    assert [len(row) for row in plan(strangers, layout).rows] == [62] * 4
+
+
+def test_short_rows_are_filled_up_and_keep_to_themselves() -> None:
+    asked = [Request((i,) * n, (1,)) for i, n in enumerate([30, 20, 12, 9, 9, 3], start=2)]
+    layout = Layout(max_length=999, packed=True, crossover=32.0 * FILL)
+    rows = plan(asked, layout).rows
+    assert sorted(map(len, rows)) == [21, 30, 32]
+    assert sum(row.sequences for row in rows) == 6
+    dense = Layout(max_length=999, packed=False, crossover=32.0 * FILL)
+    assert len(plan(asked, dense).rows) == 6
+
+
+def test_a_batch_is_cut_before_it_is_mostly_padding() -> None:
+    lengths = [600, 310, 305, 300, 299]
+    asked = [Request((i,) * n, (1,)) for i, n in enumerate(lengths)]
+    rows = plan(asked, Layout(max_length=999)).rows
+    assert [batch.ids.shape for batch in batches(rows, 16)] == [(1, 600), (4, 310)]
 
 
 def test_truncation_keeps_a_special_first_token_and_cuts_behind_it() -> None:
