@@ -11,13 +11,13 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-DEMO := $(BIN)/spade-eval run --model spade_layer --batch_size 8 --limit 12 \
-	--tasks spade_mini_science,spade_mini_yesno,spade_mini_health
+DEMO := $(BIN)/spade-eval run --model spade_layer --batch_size 16 --limit 40 \
+	--tasks spade_mini_science_text,spade_mini_yesno,spade_mini_health
 
 # The model and the tasks of every target are on this machine once setup is done.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup test test-slow lint demo clean
+.PHONY: setup test test-slow lint demo bench clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,9 @@ demo: setup
 	$(DEMO) --model_args layer=24
 	@echo "== the whole model (layer=-1), for comparison"
 	$(DEMO) --model_args layer=-1
+
+bench: setup
+	$(BIN)/python benchmarks/scoring.py --output results/benchmarks/scoring
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

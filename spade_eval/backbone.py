@@ -16,85 +16,25 @@ question of its name: `Backbone` runs the four checks of `spade_eval.checks` whe
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spade_eval import checks
 from spade_eval.errors import UnsupportedModelError
+from spade_eval.hollow import Lane, Probe, find_layers, hollow, unwrap_peft
 from spade_eval.start import StartStates, StartStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel
 
-# Logits alive at once. On a CPU, blocks of over 32 MB are fetched from the system anew each time, and
+# Logits alive at once. On a CPU, blocks of over 32 MB come from the system anew each time, and
 # touching their pages takes as long as the head; on a GPU larger products are the faster ones.
 LOGITS_BYTES, LOGITS_BYTES_CPU = 256 * 2**20, 32 * 2**20
-TAIL_ROWS = (
-    4096  # one-token rows sent through the upper layers at once: bounds keys and MLP activations
-)
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """What the model hands to one layer besides the states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    states_name: str | None  # set where a family passes the states by keyword
-
-    def __call__(self, layer: nn.Module, h: Tensor) -> Tensor:
-        """Run the real layer on the states `h`, (B, T, d) to (B, T, d)."""
-        if self.states_name is None:
-            out = layer(h, *self.args, **self.kwargs)
-        else:
-            out = layer(*self.args, **self.kwargs, **{self.states_name: h})
-        return out[0] if isinstance(out, tuple) else out
-
-
-@dataclass
-class Lane:
-    """A batch on its way through the layers.
-
-    Attributes:
-        h: Hidden states after layer `depth`, (B, T, d).
-        depth: Number of layers that `h` has passed.
-        calls: For each of the L layers the arguments that the model prepared, without the states.
-    """
-
-    h: Tensor
-    depth: int
-    calls: list[LayerCall] = field(repr=False)
-
-
-class _Probe(nn.Module):
-    """Stands in for one layer: keeps the arguments it is called with and computes nothing."""
-
-    def __init__(self, layer: nn.Module, tuple_size: int, output: Tensor | None = None):
-        super().__init__()
-        # In a list, since a module attribute would register the layer a second time.
-        self._layer, self._tuple_size, self._output = [layer], tuple_size, output
-        self.states: Tensor | None = None
-        self.call: LayerCall | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name = None if args else next(iter(kwargs))
-        self.states = args[0] if name is None else kwargs.pop(name)
-        self.call = LayerCall(args[1:], kwargs, name)
-        h = self.states if self._output is None else self._output
-        return (h,) + (None,) * (self._tuple_size - 1) if self._tuple_size else h
-
-    def __getattr__(self, name: str) -> Any:
-        # Models ask their layers for attributes (an attention type, say): the real layer answers.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
+TAIL_ROWS = 4096  # tokens sent through the upper layers at once: bounds keys and activations
 
 
 class Backbone:
@@ -128,7 +68,7 @@ class Backbone:
                 f"{self.name} is an encoder-decoder model; the decoders read a decoder-only model. "
                 "Use a causal language model (AutoModelForCausalLM)."
             )
-        self.decoder: nn.Module = model.get_decoder()
+        self.decoder = model.get_decoder()
         self._owner, self._attribute, self._layers = find_layers(model, self.name)
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
@@ -139,8 +79,8 @@ class Backbone:
         self.width, self.vocab_size, self._tuple_size = checks.measure(self)
         self.starts = StartStore(self._compute_starts)
         self.positions_inert, self.packs = checks.run(self)
-        # A layer takes 2 * parameters operations per token, and 4 * d more per key; those of attention
-        # under a mask run at about a third of the speed (measured on CPU).
+        # A layer takes 2 * parameters operations per token, and 4 * d more per key; those of
+        # attention under a mask run at about a third of the speed (measured on CPU).
         self.crossover = sum(p.numel() for p in self._layers[0].parameters()) / (6 * self.width)
 
     # ------------------------------------------------------------------ one pass, layer by layer
@@ -293,37 +233,5 @@ class Backbone:
             states.append(self.advance(lane, layer).h[:, 0].to(states[0].device))
         return torch.stack(states, 1), cache
 
-    @contextmanager
-    def _hollow(self, output: Tensor | None = None) -> Iterator[list[_Probe]]:
-        """Put probes in the layers' place, the last one returning `output` if given."""
-        probes = [_Probe(layer, self._tuple_size) for layer in self._layers]
-        probes[-1]._output = output
-        setattr(self._owner, self._attribute, nn.ModuleList(probes))
-        try:
-            yield probes
-        finally:
-            setattr(self._owner, self._attribute, self._layers)
-
-
-def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside a PEFT wrapper, for its name; the wrapper itself stays in use."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def find_layers(model: PreTrainedModel, name: str) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Find the decoder's list of L layers by its length.
-
-    Returns:
-        The module that holds the list, the attribute's name, and the list.
-
-    Raises:
-        UnsupportedModelError: No list of `num_hidden_layers` modules in the decoder.
-    """
-    n = model.config.get_text_config().num_hidden_layers
-    for owner in model.get_decoder().modules():
-        for attribute, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == n:
-                return owner, attribute, child
-    raise UnsupportedModelError(
-        f"{name}: its decoder has no list of {n} layers (num_hidden_layers)."
-    )
+    def _hollow(self, output: Tensor | None = None) -> AbstractContextManager[list[Probe]]:
+        return hollow(self._owner, self._attribute, self._layers, self._tuple_size, output)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spade_eval.scoring import Batch
+    from spade_eval.batching import Batch
 
 
 @dataclass

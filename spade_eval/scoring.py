@@ -4,7 +4,7 @@ Pure bookkeeping on token ids; no tensors and no model. A request asks for the l
 a continuation after a context. The model is fed `(context + continuation)[:-1]`, and the last
 len(continuation) positions of that are read.
 
-    requests -> feed: sequences -> plan: rows, with one sequence each or several -> batches
+    requests -> feed: sequences -> plan: rows, with one sequence each or several
 
 In a packed row the tokens form a forest in depth-first order: a token stands behind its parent,
 sees its ancestors and itself, and counts its position from its root. What sequences have in common
@@ -18,18 +18,14 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from spade_eval.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
-Ints = NDArray[np.int64]
-FILL = 8  # rows are filled up to crossover / FILL tokens, where attention costs 1 / FILL of the rest
-MOST_PADDING = 1 / 8  # a batch is cut before more padding than this, once it has enough tokens
-ENOUGH_TOKENS = 512  # matrix products gain little from more on a CPU
+FILL = (
+    8  # rows are filled up to crossover / FILL tokens, where attention costs 1 / FILL of the rest
+)
 
 
 @dataclass(frozen=True)
@@ -145,41 +141,6 @@ class Plan:
     truncated: int
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some rows side by side, right-padded, as arrays.
-
-    Attributes:
-        ids: (B, T), padded with 0.
-        positions: (B, T) if the rows are packed, else None: the model counts by itself.
-        sees: (B, T, T), true where a token sees another, if the rows are packed, else None.
-        scored: Flat index b * T + t of the P tokens at which something is read.
-        token_ids: The tokens at the scored positions, (P,).
-        start_ids: The first token of each one's sequence, (P,).
-        scored_positions: Position of each in its sequence, (P,).
-        read_at: For each of N reads, which of the P positions it reads, ascending.
-        targets: For each read the token whose log-probability is asked for, (N,).
-        requests: For each read the request it belongs to, (N,).
-        tokens: Tokens that are not padding.
-        sequences: Sequences that `--model hf` would feed for the same requests.
-        tokens_hf: Tokens of those sequences.
-    """
-
-    ids: Ints
-    positions: Ints | None
-    sees: NDArray[np.bool_] | None
-    scored: Ints
-    token_ids: Ints
-    start_ids: Ints
-    scored_positions: Ints
-    read_at: Ints
-    targets: Ints
-    requests: Ints
-    tokens: int
-    sequences: int
-    tokens_hf: int
-
-
 def feed(request: Request, layout: Layout) -> tuple[tuple[int, ...], bool]:
     """The tokens that the model is given for a request, and whether the left had to be cut off.
 
@@ -224,78 +185,6 @@ def plan(requests: Sequence[Request], layout: Layout) -> Plan:
     return Plan(rows, len(requests), truncated)
 
 
-def batches(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
-    """Cut rows into batches as large as `--model hf` makes them, but of at least one row.
-
-    `batch_size` sequences of the longest length there would be padded to that many tokens; a batch holds as
-    many tokens, padding included. Counting packed rows by their sequences would shrink batches by what
-    sharing saves, and with them the matrix products' efficiency.
-
-    Chains and forests do not share a batch, since chains need no mask.
-    """
-    held: list[Row] = []
-    for row in rows:
-        width, longest = max(map(len, [*held, row])), max(r.longest for r in [*held, row])
-        padded = (len(held) + 1) * width
-        real = sum(map(len, held))
-        full = padded > batch_size * longest
-        wasteful = real >= ENOUGH_TOKENS and padded > (real + len(row)) * (1 + MOST_PADDING)
-        if held and (full or wasteful or row.is_chain != held[0].is_chain):
-            yield collate(held)
-            held = []
-        held.append(row)
-    if held:
-        yield collate(held)
-
-
-def collate(rows: Sequence[Row]) -> Batch:
-    """Put rows side by side."""
-    width = max(len(row) for row in rows)
-    packed = not all(row.is_chain for row in rows)
-    ids = np.zeros((len(rows), width), dtype=np.int64)
-    positions = np.zeros_like(ids) if packed else None
-    sees = np.zeros((len(rows), width, width), dtype=bool) if packed else None
-    scored: dict[int, int] = {}
-    reads: list[tuple[int, int, int]] = []
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = row.ids
-        if positions is not None and sees is not None:
-            positions[b, : len(row)] = row.positions
-            sees[b] = visible(row.parents, width)
-        for t, target, request in row.reads:
-            reads.append((scored.setdefault(b * width + t, len(scored)), target, request))
-    at = np.fromiter(scored, dtype=np.int64, count=len(scored))
-    where = [(rows[i // width], i % width) for i in scored]
-    read_at, targets, requests = np.array(sorted(reads), dtype=np.int64).reshape(-1, 3).T
-    return Batch(
-        ids=ids,
-        positions=positions,
-        sees=sees,
-        scored=at,
-        token_ids=ids.reshape(-1)[at],
-        start_ids=np.array([row.ids[row.starts[t]] for row, t in where], dtype=np.int64),
-        scored_positions=np.array([row.positions[t] for row, t in where], dtype=np.int64),
-        read_at=read_at,
-        targets=targets,
-        requests=requests,
-        tokens=sum(len(row) for row in rows),
-        sequences=sum(row.sequences for row in rows),
-        tokens_hf=sum(row.tokens_apart for row in rows),
-    )
-
-
-def visible(parents: Sequence[int], width: int) -> NDArray[np.bool_]:
-    """Which tokens each token of a row sees: its ancestors and itself, (width, width).
-
-    Padding sees itself alone, since a softmax over nothing is not a number.
-    """
-    sees = np.eye(width, dtype=bool)
-    for t, parent in enumerate(parents):
-        if parent >= 0:
-            sees[t] |= sees[parent]
-    return sees
-
-
 def _groups(ordered: Sequence[tuple[int, ...]], layout: Layout) -> Iterator[list[tuple[int, ...]]]:
     """Cut the sequences, in lexicographic order, into the rows they will share.
 
@@ -327,9 +216,10 @@ def _groups(ordered: Sequence[tuple[int, ...]], layout: Layout) -> Iterator[list
 
 
 def _fill(rows: list[Row], layout: Layout) -> list[Row]:
-    """Let short rows share a row: best fit, longest first, so that batches of equal rows need little padding.
+    """Let short rows share a row (best fit, longest first): equal rows need little padding.
 
-    The tokens of such a row are compared for nothing with those of its other trees, which bounds its length.
+    The tokens of such a row are compared in vain with those of its other trees, which bounds its
+    length.
     """
     capacity = min(int(layout.crossover / FILL), layout.max_length)
     filled: list[Row] = []

@@ -20,7 +20,7 @@ from spade_eval.decoders import Decoder, States
 
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
-    from spade_eval.scoring import Batch
+    from spade_eval.batching import Batch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The hollow pass gives each family's own states and logits, and the checks refuse what cannot be decoded."""
+"""The hollow pass gives each family's own states and logits, and the checks refuse what cannot be
+decoded."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def test_layer_by_layer_is_the_model_bit_for_bit(family: str) -> None:
     ours = backbone.hidden_states(ids)
     theirs = model(ids, output_hidden_states=True, use_cache=False)
     assert len(ours) == backbone.n_layers + 1 == len(theirs.hidden_states)
-    # transformers returns the last state after the final norm, so L itself is compared by its logits.
+    # transformers returns the last state after the final norm, so L itself is compared by its
+    # logits.
     for layer, (a, b) in enumerate(zip(ours[:-1], theirs.hidden_states[:-1], strict=True)):
         assert torch.equal(a, b), f"layer {layer}"
     logits = backbone.logits(ours[-1].flatten(0, 1)).view_as(theirs.logits)
@@ -70,7 +72,9 @@ def test_lora_adapter_is_part_of_the_model() -> None:
     backbone = Backbone(adapted)
     states = backbone.hidden_states(ids)
     expected = adapted(ids, use_cache=False).logits
-    torch.testing.assert_close(backbone.logits(states[-1].flatten(0, 1)).view_as(expected), expected)
+    torch.testing.assert_close(
+        backbone.logits(states[-1].flatten(0, 1)).view_as(expected), expected
+    )
     assert (states[-1] - plain).abs().max() > 0.1
     assert backbone.name == "LlamaForCausalLM"
 

@@ -1,4 +1,5 @@
-"""Every decoder against a naive loop that does what the paper's equation says, one pair at a time."""
+"""Every decoder against a naive loop that does what the paper's equation says, one pair at a
+time."""
 
 from __future__ import annotations
 
@@ -19,11 +20,20 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def naive_tail(
-    model: nn.Module, states: list[Tensor], row: int, at: int, layer: int, ids: Tensor, positions: list[int], pair: bool
+    model: nn.Module,
+    states: list[Tensor],
+    row: int,
+    at: int,
+    layer: int,
+    ids: Tensor,
+    positions: list[int],
+    pair: bool,
 ) -> Tensor:
-    """Logits of SPADE for one token: the layers run one by one on a sequence of two (or one) tokens.
+    """Logits of SPADE for one token: the layers run one by one on a sequence of two (or one)
+    tokens.
 
-    Independent of Backbone: a forward pre-hook replaces what enters layer `layer`, the model does the rest.
+    Independent of Backbone: a forward pre-hook replaces what enters layer `layer`, the model does
+    the rest.
     """
     keep = [0, at] if pair else [at]
     inner = model.get_decoder()
@@ -36,7 +46,10 @@ def naive_tail(
         return (fixed, *args[1:]), kwargs
 
     handle = layers[layer].register_forward_pre_hook(replace, with_kwargs=True)
-    inputs = {"input_ids": ids[row, keep][None], "attention_mask": torch.ones(1, len(keep), dtype=torch.long)}
+    inputs = {
+        "input_ids": ids[row, keep][None],
+        "attention_mask": torch.ones(1, len(keep), dtype=torch.long),
+    }
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = torch.tensor([positions])
     try:
@@ -81,7 +94,9 @@ def test_at_the_last_layer_every_decoder_is_the_model(family: str) -> None:
     logits = model(ids, use_cache=False).logits
     states = states_at(backbone.hidden_states(ids), backbone.n_layers, ids, [*AT, (2, 0)])
     for decoder in (LogitLens(), Spade(), Spade(start="none"), Spade(positions="keep")):
-        for ours, (row, at) in zip(decoders.read(decoder, backbone, states), [*AT, (2, 0)], strict=True):
+        for ours, (row, at) in zip(
+            decoders.read(decoder, backbone, states), [*AT, (2, 0)], strict=True
+        ):
             torch.testing.assert_close(ours, logits[row, at], **TOLERANCE)
 
 
@@ -94,7 +109,10 @@ def test_spade_at_layer_0_is_the_model_on_start_and_token(family: str) -> None:
     ours = decoders.read(Spade(), backbone, states_at(hidden, 0, ids, AT))
     added = family in {"gpt2", "opt", "opt_projected"}  # the position is in h^0 and stays there
     for logits, (row, at) in zip(ours, AT, strict=True):
-        inputs = {"input_ids": ids[row, [0, at]][None], "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+        inputs = {
+            "input_ids": ids[row, [0, at]][None],
+            "attention_mask": torch.ones(1, 2, dtype=torch.long),
+        }
         if added:
             inputs["position_ids"] = torch.tensor([[0, at]])
         torch.testing.assert_close(logits, model(**inputs).logits[0, 1], **TOLERANCE)
@@ -151,7 +169,10 @@ def test_library_functions_are_the_decoders() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"positions": "rest"}, r"positions='rest' is not known; valid: reset, keep. Did you mean 'reset'"),
+        (
+            {"positions": "rest"},
+            r"positions='rest' is not known; valid: reset, keep. Did you mean 'reset'",
+        ),
         ({"start": "non"}, r"start='non' is not known; valid: keep, none. Did you mean 'none'"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The lm-eval classes against HFLM, on tiny models: same answers at the last layer, different ones below it."""
+"""The lm-eval classes against HFLM, on tiny models: same answers at the last layer, different ones
+below it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,21 @@ from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
 
 ATOL = 1e-4
 MAX_LENGTH = 60
-WORDS = "red blue old cat dog runs sleeps under over the moon 7 12".split()
+WORDS = [
+    "red",
+    "blue",
+    "old",
+    "cat",
+    "dog",
+    "runs",
+    "sleeps",
+    "under",
+    "over",
+    "the",
+    "moon",
+    "7",
+    "12",
+]
 
 
 def model(family: str = "llama") -> Any:
@@ -39,7 +54,8 @@ def text(rng: random.Random, words: int) -> str:
 
 
 def task_pairs(seed: int = 0) -> list[tuple[str, str]]:
-    """Requests of every shape that tasks make: several answers, one-token answers, shared endings, no context."""
+    """Requests of every shape that tasks make: several answers, one-token answers, shared endings,
+    no context."""
     rng = random.Random(seed)
     pairs = []
     for _ in range(6):
@@ -59,7 +75,9 @@ def close(ours: list, theirs: list) -> None:
 
 
 @pytest.mark.parametrize("layout", ["packed", "dense"])
-@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt2", "bloom", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt2", "bloom", "gpt_oss"]
+)
 @pytest.mark.parametrize("cls", [SpadeLayerLM, LogitLensLM])
 def test_at_the_last_layer_answers_are_those_of_hflm(cls: type, family: str, layout: str) -> None:
     requests = instances(task_pairs())
@@ -70,7 +88,9 @@ def test_at_the_last_layer_answers_are_those_of_hflm(cls: type, family: str, lay
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_rolling_is_that_of_hflm(family: str) -> None:
     rng = random.Random(1)
-    pages = instances([(text(rng, n),) for n in (40, 3, 25, 1, 60)] + [("",)], "loglikelihood_rolling")
+    pages = instances(
+        [(text(rng, n),) for n in (40, 3, 25, 1, 60)] + [("",)], "loglikelihood_rolling"
+    )
     ours = build(SpadeLayerLM, family, layer=-1).loglikelihood_rolling(pages)
     theirs = build(HFLM, family).loglikelihood_rolling(pages)
     torch.testing.assert_close(ours, [float(x) for x in theirs], atol=ATOL * 3, rtol=0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from lm_eval._cli.utils import key_val_to_dict
@@ -14,6 +13,9 @@ from zoo import byte_tokenizer, tiny
 
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -40,10 +42,14 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 
 
 def test_arguments_are_checked_before_weights_are_loaded(tmp_path: Path) -> None:
-    """A folder with a config and a tokenizer but no weights: only the argument is complained about."""
+    """A folder with a config and a tokenizer but no weights: only the argument is complained
+    about."""
     model().config.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    for arguments, message in [({"layer": 9}, "out of range"), ({"layer": 1, "lyer": 2}, "Did you mean 'layer'")]:
+    for arguments, message in [
+        ({"layer": 9}, "out of range"),
+        ({"layer": 1, "lyer": 2}, "Did you mean 'layer'"),
+    ]:
         with pytest.raises(UserError, match=message):
             SpadeLayerLM(pretrained=str(tmp_path), device="cpu", **arguments)
     with pytest.raises(OSError, match="no file named"):
@@ -54,7 +60,11 @@ def test_config_attributes_and_from_pretrained_arguments_pass(tmp_path: Path) ->
     model().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     lm = LogitLensLM(
-        pretrained=str(tmp_path), device="cpu", layer=1, attn_implementation="eager", rms_norm_eps=1e-4
+        pretrained=str(tmp_path),
+        device="cpu",
+        layer=1,
+        attn_implementation="eager",
+        rms_norm_eps=1e-4,
     )
     assert lm.model.config._attn_implementation == "eager"
     assert lm.model.config.rms_norm_eps == 1e-4
@@ -79,13 +89,17 @@ def test_recurrent_models_are_refused(family: str) -> None:
 
 
 def test_add_bos_token_needs_a_bos_token() -> None:
-    with pytest.raises(UserError, match="add_bos_token=True, but the tokenizer of .* has no BOS token"):
+    with pytest.raises(
+        UserError, match=r"add_bos_token=True, but the tokenizer of .* has no BOS token"
+    ):
         build(SpadeLayerLM, layer=1, add_bos_token=True, tokenizer=byte_tokenizer(bos=False))
 
 
 def test_empty_context_needs_a_token_to_put_there() -> None:
     lm = build(SpadeLayerLM, layer=1, tokenizer=byte_tokenizer(bos=False))
-    with pytest.raises(UserError, match="Empty context in task task, document 0.*prefix_token_id=ID"):
+    with pytest.raises(
+        UserError, match=r"Empty context in task task, document 0.*prefix_token_id=ID"
+    ):
         lm.loglikelihood(instances([("", "x")]))
 
 
@@ -98,7 +112,9 @@ def test_empty_continuation_is_named() -> None:
 
 def test_generation_says_which_models_will_do_it() -> None:
     lm = build(LogitLensLM, layer=1)
-    with pytest.raises(UserError, match=r"task: the task asks for generated text.*spade_exit.*--model hf"):
+    with pytest.raises(
+        UserError, match=r"task: the task asks for generated text.*spade_exit.*--model hf"
+    ):
         lm.generate_until(instances([("a", {})], "generate_until"))
 
 

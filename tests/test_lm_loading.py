@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +12,9 @@ from test_lm import MAX_LENGTH, close, instances, model, task_pairs
 from zoo import BYTES, byte_tokenizer, tiny
 
 from spade_eval.lm.layer import SpadeLayerLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,12 @@ def test_bf16_gives_what_hf_gives_to_its_precision(saved: Path) -> None:
 
 def test_weights_on_disk_are_read_layer_by_layer(saved: Path, tmp_path: Path) -> None:
     """accelerate's hooks sit on the real layers, which we call."""
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        "model.rotary_emb": "cpu",
+    }
     device_map |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
     kwargs = {"device_map": device_map, "offload_folder": str(tmp_path)}
     theirs = answers(SpadeLayerLM, saved / "base", layer=2)

@@ -1,4 +1,5 @@
-"""The default model on the official benchmark files: the same numbers as `--model hf`, and known ones below L.
+"""The default model on the official benchmark files: the same numbers as `--model hf`, and known
+ones below L.
 
 The files stand in `../shared/data` beside the repository; without them these tests are skipped.
 """
@@ -8,8 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
@@ -22,6 +22,9 @@ from test_decoders import naive_tail
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHARED = ROOT.parent / "shared"
 TASKS = ROOT / "tasks"
@@ -39,7 +42,9 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Hugging Face cache with the official files, in use for the whole session."""
     home = tmp_path_factory.mktemp("hf")
     subprocess.run(
-        [sys.executable, str(SHARED / "tools" / "build_hf_cache.py"), str(home)], check=True, capture_output=True
+        [sys.executable, str(SHARED / "tools" / "build_hf_cache.py"), str(home)],
+        check=True,
+        capture_output=True,
     )
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, home / "datasets"
     yield home
@@ -71,7 +76,10 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], atol: float) -> None:
         for mine, other in zip(ours["samples"][task], samples, strict=True):
             assert mine["doc_id"] == other["doc_id"]
             for a, b in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
-                a, b = (a if isinstance(a, tuple) else (a, None), b if isinstance(b, tuple) else (b, None))
+                a, b = (
+                    a if isinstance(a, tuple) else (a, None),
+                    b if isinstance(b, tuple) else (b, None),
+                )
                 assert bool(a[1]) == bool(b[1])
                 # hf adds a page up in fp32, whose spacing at a few thousand nats is 2.4e-4.
                 assert a[0] == pytest.approx(float(b[0]), abs=atol, rel=2e-7)
@@ -112,7 +120,8 @@ def test_built_in_tasks_give_what_hf_gives(loaded: dict) -> None:
 
 # ---------------------------------------------------------------- golden numbers
 
-# First 50 ARC-Easy test items, stock prompt, fp32: accuracy, and mean log-likelihood per token of the right answer.
+# First 50 ARC-Easy test items, stock prompt, fp32: accuracy, and mean log-likelihood per token of
+# the right answer.
 GOLDEN = {
     ("spade", 10): (0.26, -6.418),
     ("spade", 22): (0.42, -4.895),
@@ -150,7 +159,9 @@ class TestGolden:
 class TestNaive:
     pytestmark = real_data
 
-    def test_scores_of_real_questions_are_those_of_the_naive_loop(self, layer: int, loaded: dict) -> None:
+    def test_scores_of_real_questions_are_those_of_the_naive_loop(
+        self, layer: int, loaded: dict
+    ) -> None:
         """The model's own states, and for each answer token two tokens through the upper layers."""
         model, tokenizer = loaded["pretrained"], loaded["tokenizer"]
         with (SHARED / "data" / "ARC-Easy.test.jsonl").open(encoding="utf-8") as f:
@@ -159,7 +170,9 @@ class TestNaive:
         for row, sample in zip(rows, results["samples"]["arc_easy"], strict=True):
             assert sample["doc"]["id"] == row["id"]
             context = f"Question: {row['question']}\nAnswer:"
-            for choice, (ours, _) in zip(row["choices"]["text"], sample["filtered_resps"], strict=True):
+            for choice, (ours, _) in zip(
+                row["choices"]["text"], sample["filtered_resps"], strict=True
+            ):
                 n = len(tokenizer.encode(context))
                 ids = torch.tensor([tokenizer.encode(f"{context} {choice}")])
                 with torch.no_grad():

@@ -1,4 +1,5 @@
-"""The plan by itself: every request is read exactly once, at positions that see exactly its own prefix."""
+"""The plan by itself: every request is read exactly once, at positions that see exactly its own
+prefix."""
 
 from __future__ import annotations
 
@@ -9,19 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spade_eval.batching import Batch, batches, collate, visible
 from spade_eval.errors import UserError
-from spade_eval.scoring import (
-    FILL,
-    Batch,
-    Layout,
-    Request,
-    Row,
-    batches,
-    collate,
-    feed,
-    plan,
-    visible,
-)
+from spade_eval.scoring import FILL, Layout, Request, Row, feed, plan
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple)  # few ids: much is shared
 requests = st.lists(st.builds(Request, tokens, tokens), max_size=25)
@@ -100,7 +91,8 @@ def test_batches_hold_every_row_once_and_keep_their_size(
 
 
 def check_masks(batch: Batch) -> None:
-    """A scored token sees exactly as many tokens as its position says; no token sees a later one or padding."""
+    """A scored token sees exactly as many tokens as its position says; no token sees a later one
+    or padding."""
     if batch.sees is None:
         return
     width = batch.ids.shape[1]

@@ -1,7 +1,7 @@
 """Tiny random-weight models of many families, made from their configs; nothing is downloaded.
 
-`initializer_range` is large: with the default of 0.02 a tiny model attends to next to nothing, its logits
-tie, and a decoder that loses the start token passes unnoticed.
+`initializer_range` is large: with the default of 0.02 a tiny model attends to next to nothing, its
+logits tie, and a decoder that loses the start token passes unnoticed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def tiny(name: str, seed: int = 0, **overrides: object) -> nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms start at one and biases at zero, where many mistakes do not show
+            if (
+                parameter.ndim == 1
+            ):  # norms start at one and biases at zero, where many mistakes do not show
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
@@ -86,7 +88,8 @@ def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 @functools.cache
 def byte_tokenizer(bos: bool = True) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte (ids 3..258) behind <pad>, <bos> and <eos>; it adds no BOS."""
+    """A tokenizer with one token per byte (ids 3..258) behind <pad>, <bos> and <eos>; it adds no
+    BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<bos>", "<eos>"]
     vocab = {token: i for i, token in enumerate([*special, *alphabet])}

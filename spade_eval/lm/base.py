@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from spade_eval import __version__, scoring
 from spade_eval.backbone import Backbone
+from spade_eval.batching import Batch, batches
 from spade_eval.cost import Account
 from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
@@ -75,7 +76,7 @@ class SpadeLM(HFLM):
     def _check_config(self, n_layers: int) -> None:
         """Check own arguments against a model of `n_layers`, before its weights are loaded."""
 
-    def _score(self, batch: scoring.Batch, account: Account) -> Answers:
+    def _score(self, batch: Batch, account: Account) -> Answers:
         """Score one batch and add what it cost to `account`."""
         raise NotImplementedError
 
@@ -236,10 +237,10 @@ class SpadeLM(HFLM):
             kept=frozenset(self.tokenizer.all_special_ids),
         )
 
-    def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[scoring.Batch]:
+    def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[Batch]:
         """Batches of the size that the user gave; "auto" finds it, "auto:N" does so N times."""
         if fixed is not None or self.batch_size != "auto":
-            yield from scoring.batches(plan.rows, int(fixed or self.batch_size))
+            yield from batches(plan.rows, int(fixed or self.batch_size))
             return
         parts = max(1, int(self.batch_schedule))
         size = -(-len(plan.rows) // parts)
@@ -248,7 +249,7 @@ class SpadeLM(HFLM):
             rows = plan.rows[part * size : (part + 1) * size]
             if rows:
                 self.batch_sizes[part] = self._probe_batch_size(rows)
-                yield from scoring.batches(rows, self.batch_sizes[part])
+                yield from batches(rows, self.batch_sizes[part])
 
     def _probe_batch_size(self, rows: Sequence[scoring.Row]) -> int:
         """The largest size at which the first batch, which has the longest rows, fits."""
@@ -256,7 +257,7 @@ class SpadeLM(HFLM):
             return int(self.max_batch_size)
 
         def attempt(batch_size: int) -> int:
-            self._run(next(iter(scoring.batches(rows, batch_size))), Account())
+            self._run(next(iter(batches(rows, batch_size))), Account())
             return batch_size
 
         # Halves the size whenever memory runs out.
@@ -267,7 +268,7 @@ class SpadeLM(HFLM):
         log.info("batch_size=auto: %d", size)
         return size
 
-    def _run(self, batch: scoring.Batch, account: Account) -> Answers:
+    def _run(self, batch: Batch, account: Account) -> Answers:
         autocast = self.mixed_precision_dtype is not None
         with torch.autocast(self.device.type, dtype=self.mixed_precision_dtype, enabled=autocast):
             return self._score(batch, account)

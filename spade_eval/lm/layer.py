@@ -13,8 +13,8 @@ from spade_eval.lm.base import SpadeLM, log
 from spade_eval.trace import Answers, score
 
 if TYPE_CHECKING:
+    from spade_eval.batching import Batch
     from spade_eval.cost import Account
-    from spade_eval.scoring import Batch
 
 
 class FixedLayerLM(SpadeLM):
@@ -29,9 +29,7 @@ class FixedLayerLM(SpadeLM):
 
     def __init__(self, decoder: Decoder, layer: int | None, **kwargs: Any):
         if layer is None:
-            raise UserError(
-                "layer is missing: give layer=N (0 is the embedding, -1 the last)."
-            )
+            raise UserError("layer is missing: give layer=N (0 is the embedding, -1 the last).")
         self.decoder, self.layer = decoder, arguments.layer(layer)
         super().__init__(**kwargs)
         self.layer = arguments.layer(layer, self.backbone.n_layers)

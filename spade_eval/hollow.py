@@ -1,0 +1,129 @@
+"""The hollow pass: have a model prepare its layers' arguments without running a layer.
+
+The layers of a decoder sit in one `nn.ModuleList`. Probes take their place for one call and keep
+what they are given; the list is put back whatever happens.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from spade_eval.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model hands to one layer besides the states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    states_name: str | None  # set where a family passes the states by keyword
+
+    def __call__(self, layer: nn.Module, h: Tensor) -> Tensor:
+        """Run the real layer on the states `h`, (B, T, d) to (B, T, d)."""
+        if self.states_name is None:
+            out = layer(h, *self.args, **self.kwargs)
+        else:
+            out = layer(*self.args, **self.kwargs, **{self.states_name: h})
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Lane:
+    """A batch on its way through the layers.
+
+    Attributes:
+        h: Hidden states after layer `depth`, (B, T, d).
+        depth: Number of layers that `h` has passed.
+        calls: For each of the L layers the arguments that the model prepared, without the states.
+    """
+
+    h: Tensor
+    depth: int
+    calls: list[LayerCall] = field(repr=False)
+
+
+class Probe(nn.Module):
+    """Stands in for one layer: keeps the arguments it is called with and computes nothing."""
+
+    def __init__(self, layer: nn.Module, tuple_size: int):
+        super().__init__()
+        # In a list, since a module attribute would register the layer a second time.
+        self._layer, self._tuple_size = [layer], tuple_size
+        self.output: Tensor | None = None
+        self.states: Tensor | None = None
+        self.call: LayerCall | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the arguments and return the states as they came, or `output`."""
+        name = None if args else next(iter(kwargs))
+        self.states = args[0] if name is None else kwargs.pop(name)
+        self.call = LayerCall(args[1:], kwargs, name)
+        h = self.states if self.output is None else self.output
+        return (h,) + (None,) * (self._tuple_size - 1) if self._tuple_size else h
+
+    def __getattr__(self, name: str) -> Any:
+        # Models ask their layers for attributes (an attention type, say): the real layer answers.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+
+@contextmanager
+def hollow(
+    owner: nn.Module,
+    attribute: str,
+    layers: nn.ModuleList,
+    tuple_size: int,
+    output: Tensor | None = None,
+) -> Iterator[list[Probe]]:
+    """Put probes in the layers' place.
+
+    Args:
+        owner: The module that holds the layers.
+        attribute: Its attribute.
+        layers: The layers.
+        tuple_size: How many values a layer returns, 0 for a bare tensor.
+        output: What the last probe returns; its input if None.
+    """
+    probes = [Probe(layer, tuple_size) for layer in layers]
+    probes[-1].output = output
+    setattr(owner, attribute, nn.ModuleList(probes))
+    try:
+        yield probes
+    finally:
+        setattr(owner, attribute, layers)
+
+
+def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside a PEFT wrapper, for its name; the wrapper itself stays in use."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_layers(model: PreTrainedModel, name: str) -> tuple[nn.Module, str, nn.ModuleList]:
+    """Find the decoder's list of L layers by its length.
+
+    Returns:
+        The module that holds the list, the attribute's name, and the list.
+
+    Raises:
+        UnsupportedModelError: No list of `num_hidden_layers` modules in the decoder.
+    """
+    n = model.config.get_text_config().num_hidden_layers
+    for owner in model.get_decoder().modules():
+        for attribute, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == n:
+                return owner, attribute, child
+    raise UnsupportedModelError(
+        f"{name}: its decoder has no list of {n} layers (num_hidden_layers)."
+    )
