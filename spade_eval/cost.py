@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Account:
-    """Sums over batches; accounts of several processes add up.
+    """Sums over batches, calls and processes.
 
     Attributes:
         requests: Requests that the model scored; those answered by a response cache are not among
@@ -37,7 +37,7 @@ class Account:
         tail_token_layers: The same for answer tokens in the tail.
         start_token_layers: The same for start tokens, each of which is computed once.
         full_depth_token_layers: The same plan through all layers.
-        seconds: Wall-clock of the request phase.
+        seconds: Wall-clock of the request phase; of several processes, the sum.
     """
 
     requests: int = 0

@@ -3,7 +3,9 @@ below it."""
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,3 +279,26 @@ def test_both_names_of_version_2_reach_the_same_class() -> None:
     assert get_model("simlens") is get_model("spade_layer") is SpadeLayerLM
     assert get_model("logit_lens") is LogitLensLM
     assert get_model("hf") is HFLM
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes that share the requests, as ranks of a data-parallel run do."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    lm = build(SpadeLayerLM, layer=2)
+    lm._rank, lm._world_size = rank, 2
+    lm.loglikelihood(instances(task_pairs())[rank::2])
+    if rank == 0:
+        Path(folder, "account.json").write_text(json.dumps(lm.account.report()))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_keep_one_account(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    merged = json.loads((tmp_path / "account.json").read_text())
+    alone = [build(SpadeLayerLM, layer=2) for _ in range(2)]
+    for rank, lm in enumerate(alone):
+        lm.loglikelihood(instances(task_pairs())[rank::2])
+    for key in ("requests", "positions_scored", "tokens", "tail_token_layers"):
+        assert merged[key] == sum(getattr(lm.account, key) for lm in alone)

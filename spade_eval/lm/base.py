@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,14 +144,14 @@ class SpadeLM(HFLM):
                     f"Empty context in {where}, and the tokenizer has neither a BOS nor an EOS "
                     "token to put there. Pass prefix_token_id=ID."
                 )
-        with self.account.clock():
+        with self._accounting():
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in disjoint windows of at most `max_length` tokens."""
         windows: list[TokenRequest] = []
         owners: list[int] = []
-        with self.account.clock():
+        with self._accounting():
             for index, request in enumerate(requests):
                 rolling = get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
@@ -274,6 +275,20 @@ class SpadeLM(HFLM):
             return self._score(batch, account)
 
     # ------------------------------------------------------------------ results and caches
+
+    @contextmanager
+    def _accounting(self) -> Iterator[None]:
+        """Count what happens inside, on all ranks, into `account` of rank 0."""
+        before, self.account = self.account, Account()
+        with self.account.clock():
+            yield
+        parts: list[Account] | None = [self.account]
+        # With a response cache a rank may have nothing left to score and never get here.
+        if self.world_size > 1 and self.cache_hook.dbdict is None:
+            parts = self.gather_object(self.account)
+        self.account = before
+        for part in parts or []:
+            self.account.merge(part)
 
     def fingerprint(self) -> dict[str, object]:
         """Everything that an answer depends on; a response cache belongs to one fingerprint."""
