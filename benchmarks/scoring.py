@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -163,8 +162,9 @@ def peak_memory(side: str, case: Case) -> dict[str, int]:
 
 
 def resident() -> int:
-    """Peak resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    """Peak resident memory of this process, in MB (Linux; `getrusage` inherits the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
 
 def machine() -> dict[str, str]:

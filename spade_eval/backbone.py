@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spade_eval import checks
-from spade_eval.errors import UnsupportedModelError
+from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.hollow import Lane, Probe, find_layers, hollow, unwrap_peft
 from spade_eval.start import StartStates, StartStore
 
@@ -42,7 +42,8 @@ class Backbone:
 
     Args:
         model: A `transformers` causal language model, or a PEFT model around one. It is used as it
-            is: its device, dtype, attention implementation and adapters apply.
+            is: its device, dtype, attention implementation and adapters apply. If its weights or
+            active adapters change later, call `starts.clear()`.
 
     Attributes:
         model: The model.
@@ -76,12 +77,18 @@ class Backbone:
         self._tuple_size = 0
         self.n_layers = len(self._layers)
 
+        if model.training:
+            raise UserError(f"{self.name} is in training mode, with dropout: call eval() first.")
+        if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
+            raise UnsupportedModelError(
+                f"{self.name} has a prompt-learning adapter, whose virtual tokens have no ids."
+            )
         self.width, self.vocab_size, self._tuple_size = checks.measure(self)
         self.starts = StartStore(self._compute_starts)
         self.positions_inert, self.packs = checks.run(self)
-        # A layer takes 2 * parameters operations per token, and 4 * d more per key; those of
-        # attention under a mask run at about a third of the speed (measured on CPU).
-        self.crossover = sum(p.numel() for p in self._layers[0].parameters()) / (6 * self.width)
+        # Attention takes 4 * d operations per token and key. Under a mask it runs at about a third
+        # of the speed of matrix products (measured on CPU).
+        self.crossover = checks.operations(self) / (12 * self.width)
 
     # ------------------------------------------------------------------ one pass, layer by layer
 
@@ -149,8 +156,8 @@ class Backbone:
             out = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         return out.logits[:, 0]  # (P, V)
 
-    def logits_rows(self, dtype: torch.dtype = torch.float32) -> int:
-        """Rows whose logits fit the memory bound, at least one."""
+    def logits_rows(self, dtype: torch.dtype) -> int:
+        """Rows whose logits in `dtype` fit the memory bound, at least one."""
         held = LOGITS_BYTES_CPU if self.device.type == "cpu" else LOGITS_BYTES
         return max(1, held // (self.vocab_size * dtype.itemsize))
 
@@ -190,6 +197,8 @@ class Backbone:
         Returns:
             (P, d): the answer tokens' states after layer L, before the final norm.
         """
+        if not 0 <= layer <= self.n_layers:
+            raise UserError(f"layer={layer} is out of range: {self.name} has 0..{self.n_layers}.")
         if layer == self.n_layers or not len(h):
             return h
         parts = []
@@ -214,8 +223,9 @@ class Backbone:
     def device(self) -> torch.device:
         """Where token ids go: the device on which the input embedding runs."""
         embedding = self.model.get_input_embeddings()
-        if embedding.weight.device.type != "meta":
-            return embedding.weight.device
+        device = next(embedding.parameters()).device
+        if device.type != "meta":
+            return device
         # Offloaded by accelerate, which loads the weights when the module is called.
         return torch.device(getattr(embedding._hf_hook, "execution_device", "cpu"))
 

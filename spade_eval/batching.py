@@ -37,8 +37,7 @@ class Batch:
         targets: For each read the token whose log-probability is asked for, (N,).
         requests: For each read the request it belongs to, (N,).
         tokens: Tokens that are not padding.
-        sequences: Sequences that `--model hf` would feed for the same requests.
-        tokens_hf: Tokens of those sequences.
+        tokens_hf: Tokens that `--model hf` would feed for the same requests.
     """
 
     ids: Ints
@@ -52,11 +51,10 @@ class Batch:
     targets: Ints
     requests: Ints
     tokens: int
-    sequences: int
     tokens_hf: int
 
 
-def batches(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
+def cut(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
     """Cut rows into batches as large as `--model hf` makes them, but of at least one row.
 
     There, `batch_size` sequences are padded to the longest; a batch here holds as many tokens,
@@ -73,11 +71,18 @@ def batches(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
         full = padded > batch_size * longest
         wasteful = real >= ENOUGH_TOKENS and padded > (real + len(row)) * (1 + MOST_PADDING)
         if held and (full or wasteful or row.is_chain != held[0].is_chain):
-            yield collate(held)
+            yield held
             held = []
         held.append(row)
     if held:
-        yield collate(held)
+        yield held
+
+
+def footprint(rows: Sequence[Row]) -> int:
+    """What a batch of these rows takes in memory, roughly: its tokens, and its mask if packed."""
+    width = max(map(len, rows))
+    tokens = len(rows) * width
+    return tokens if rows[0].is_chain else tokens + tokens * width // 1024
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -111,7 +116,6 @@ def collate(rows: Sequence[Row]) -> Batch:
         targets=targets,
         requests=requests,
         tokens=sum(len(row) for row in rows),
-        sequences=sum(row.sequences for row in rows),
         tokens_hf=sum(row.tokens_apart for row in rows),
     )
 

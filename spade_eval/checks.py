@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from spade_eval.errors import UnsupportedModelError
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def probe_ids(backbone: Backbone) -> Tensor:
     """Three distinct token ids, (1, 3)."""
-    n = backbone.model.get_input_embeddings().num_embeddings
+    n = backbone.model.config.get_text_config().vocab_size
     return torch.tensor([[n // 2, n // 3, n // 5]], device=backbone.device)
 
 
@@ -39,21 +40,35 @@ def measure(backbone: Backbone) -> tuple[int, int, int]:
     """Run the model once as it is.
 
     Returns:
-        Width d, vocabulary size V of the logits, and how many values a layer returns (0: a bare
-        tensor).
+        Width d, vocabulary size V of the logits, and the number of values that a layer returns in a
+        tuple, 0 if it returns a bare tensor.
+
+    Raises:
+        UnsupportedModelError: Its layers return something else.
     """
-    seen: dict[str, int] = {}
-
-    def look(_module: object, _args: object, out: Any) -> None:
-        seen["size"] = len(out) if isinstance(out, tuple) else 0
-        seen["width"] = (out[0] if isinstance(out, tuple) else out).shape[-1]
-
-    handle = backbone._layers[0].register_forward_hook(look)
+    seen: list[Any] = []
+    handle = backbone._layers[0].register_forward_hook(lambda _m, _a, out: seen.append(out))
     try:
         logits = backbone.model(input_ids=probe_ids(backbone), use_cache=False).logits
     finally:
         handle.remove()
-    return seen["width"], logits.shape[-1], seen["size"]
+    out = seen[0] if seen else None
+    states = out[0] if isinstance(out, tuple) else out
+    if not isinstance(states, Tensor):
+        raise UnsupportedModelError(
+            f"{backbone.name}: its layers return {type(states).__name__}, not states."
+        )
+    return states.shape[-1], logits.shape[-1], len(out) if isinstance(out, tuple) else 0
+
+
+@torch.no_grad()
+def operations(backbone: Backbone) -> float:
+    """Operations of a layer's matrix products per token; of experts, of those that run."""
+    lane = backbone.embed(probe_ids(backbone))
+    with FlopCounterMode(display=False) as counter:
+        backbone.advance(lane, 1)
+    # Kernels of quantised layers are unknown to the counter: an ordinary layer has 12 d^2 weights.
+    return counter.get_total_flops() / 3 or 24.0 * backbone.width**2
 
 
 @torch.no_grad()
@@ -132,11 +147,10 @@ def _start(backbone: Backbone) -> tuple[Tensor, Tensor]:
 def _positions_inert(backbone: Backbone) -> bool:
     """Whether a tail gives the same states wherever the answer token is said to stand."""
     ids = probe_ids(backbone)
-    layer = backbone.n_layers // 2
-    h = backbone.hidden_states(ids)[layer][0, 2:].to(ids.device)
+    h = backbone.embed(ids).h[0, 2:].to(ids.device)
     one = torch.ones(1, dtype=torch.long, device=ids.device)
-    near = backbone.tail(h, layer, ids[:, 2], one, ids[:, 0])
-    far = backbone.tail(h, layer, ids[:, 2], one + 1, ids[:, 0])
+    near = backbone.tail(h, 0, ids[:, 2], one, ids[:, 0])
+    far = backbone.tail(h, 0, ids[:, 2], one + 1, ids[:, 0])
     return torch.equal(near, far)
 
 

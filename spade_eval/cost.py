@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from spade_eval.batching import Batch
 
@@ -23,8 +23,8 @@ class Account:
     """Sums over batches, calls and processes.
 
     Attributes:
-        requests: Requests that the model scored; those answered by a response cache are not among
-            them.
+        requests: Requests, or windows of pages, that the model scored; those answered by a response
+            cache are not among them.
         truncated_requests: Requests whose left end was cut off.
         positions_scored: Positions that reached a decoder.
         first_positions: Those of them at position 0, where there is no pair.
@@ -37,7 +37,7 @@ class Account:
         tail_token_layers: The same for answer tokens in the tail.
         start_token_layers: The same for start tokens, each of which is computed once.
         full_depth_token_layers: The same plan through all layers.
-        seconds: Wall-clock of the request phase; of several processes, the sum.
+        seconds: Wall-clock of the request phase; of several processes, the longest.
     """
 
     requests: int = 0
@@ -55,7 +55,7 @@ class Account:
     full_depth_token_layers: int = 0
     seconds: float = 0.0
 
-    def add(self, batch: Batch, layer: int, n_layers: int, has_tail: bool, starts: int) -> None:
+    def add(self, batch: Batch, layer: int, n_layers: int, tail_tokens: int, starts: int) -> None:
         """Count a batch that left the main lane at `layer` and needed `starts` new start tokens."""
         scored, first = len(batch.scored), int((batch.scored_positions == 0).sum())
         here = len(set(batch.requests.tolist()))
@@ -70,14 +70,16 @@ class Account:
         self.padding += batch.ids.size - batch.tokens
         self.tokens_hf += batch.tokens_hf
         self.main_token_layers += batch.tokens * layer
-        self.tail_token_layers += (scored - first) * (n_layers - layer) * has_tail
+        self.tail_token_layers += tail_tokens * (n_layers - layer)
         self.start_token_layers += starts * n_layers
         self.full_depth_token_layers += batch.tokens * n_layers
 
-    def merge(self, other: Account) -> None:
-        """Add another account's sums."""
+    def merge(self, parts: Sequence[Account]) -> None:
+        """Add the sums of processes that ran side by side."""
         for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+            values = [getattr(part, f.name) for part in parts]
+            more = max(values, default=0.0) if f.name == "seconds" else sum(values)
+            setattr(self, f.name, getattr(self, f.name) + more)
 
     def report(self) -> dict[str, object]:
         """The sums for the results file, and the share of full depth that was computed."""

@@ -26,6 +26,7 @@ from spade_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
+    from spade_eval.batching import Ints
 
 Positions = Literal["reset", "keep"]
 Start = Literal["keep", "none"]
@@ -49,23 +50,15 @@ class States:
     start_ids: Tensor
     positions: Tensor
 
-    def __len__(self) -> int:
-        return len(self.h)
-
 
 class Decoder(Protocol):
     """What scoring asks of a decoder."""
 
-    @property
-    def name(self) -> str:
-        """The decoder's name in results."""
-
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Carry states of `states.layer` into the last layer's space, (P, d) to (P, d)."""
 
-    @property
-    def has_tail(self) -> bool:
-        """Whether `align` sends tokens through the remaining layers."""
+    def tail_tokens(self, positions: Ints) -> int:
+        """How many tokens at these `positions` (P,) `align` sends through the remaining layers."""
 
     def describe(self) -> dict[str, object]:
         """Name and settings, as they go to the results file."""
@@ -81,10 +74,9 @@ class LogitLens:
         """Return the states themselves."""
         return states.h
 
-    @property
-    def has_tail(self) -> bool:
-        """It runs no layer."""
-        return False
+    def tail_tokens(self, positions: Ints) -> int:
+        """None: it runs no layer."""
+        return 0
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""
@@ -150,19 +142,13 @@ class Spade:
         )
         return out
 
-    @property
-    def has_tail(self) -> bool:
-        """Every position but the first goes on through the remaining layers."""
-        return True
+    def tail_tokens(self, positions: Ints) -> int:
+        """All, but in pairs not those at position 0."""
+        return int((positions > 0).sum()) if self.start == "keep" else len(positions)
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""
         return {"decoder": self.name, "positions": self.positions, "start": self.start}
-
-
-def read(decoder: Decoder, backbone: Backbone, states: States) -> Tensor:
-    """The decoder's logits, (P, V); callers bound P."""
-    return backbone.logits(decoder.align(backbone, states))
 
 
 def logit_lens(backbone: Backbone, h: Tensor) -> Tensor:
@@ -192,7 +178,7 @@ def spade(
         backbone: The model.
         h: Hidden states of the answer tokens after `layer`, (P, d).
         layer: l, from 0 to L.
-        token_ids: The answer tokens, (P,).
+        token_ids: The answer tokens, (P,); not at position 0, where there is no pair.
         start_ids: The start token of each, (P,).
         positions: Where the tokens stand, (P,), to keep their positions; None resets each pair to
             [0, 1].

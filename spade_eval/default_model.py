@@ -63,7 +63,7 @@ def default_model_path() -> Path:
     """
     gguf, version = _find_gguf()
     source = _Source(gguf.name, gguf.stat().st_size, version)
-    cache = Path(os.environ.get(_CACHE_VARIABLE) or user_cache_dir("spade_eval"))
+    cache = Path(os.environ.get(_CACHE_VARIABLE) or user_cache_dir("spade_eval")).expanduser()
     folder = cache / DEFAULT_MODEL_NAME
     if source.made(folder):
         return folder
@@ -124,10 +124,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF file's model and tokenizer as a plain float32 Hugging Face folder."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    packed = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # Otherwise blocks stay packed where a kernel for them is installed.
+    plain_weights = GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=plain_weights
+    )
     # transformers refuses to save a model loaded from GGUF: move the weights to a fresh one.
     config = packed.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):

@@ -23,9 +23,16 @@ from spade_eval.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-FILL = (
-    8  # rows are filled up to crossover / FILL tokens, where attention costs 1 / FILL of the rest
-)
+ONE_CONTEXT = 8  # a context keeps its answers with it, up to this many sequences' tokens
+FILL = 8  # rows are filled up to crossover / FILL tokens: attention costs 1 / FILL of the rest
+
+
+class BadRequestError(UserError):
+    """A request that cannot be scored; `index` tells which."""
+
+    def __init__(self, index: int, message: str):
+        super().__init__(message)
+        self.index = index
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Layout:
         window: Longest path from a root to a leaf in a packed row (a sliding window would vanish
             under a 4D mask).
         crossover: Number of keys at which attention costs a token as much as the rest of its layer.
+        batch_size: Sequences that may run at once; it bounds what a row may hold.
         kept: Token ids that truncation keeps at position 0.
     """
 
@@ -53,6 +61,7 @@ class Layout:
     packed: bool = False
     window: int | None = None
     crossover: float = 1024.0
+    batch_size: int = 16
     kept: Collection[int] = ()
 
 
@@ -132,12 +141,10 @@ class Plan:
 
     Attributes:
         rows: Longest first; chains before forests.
-        n_requests: Number of requests.
         truncated: Requests whose sequence was longer than the model takes.
     """
 
     rows: list[Row]
-    n_requests: int
     truncated: int
 
 
@@ -159,7 +166,7 @@ def plan(requests: Sequence[Request], layout: Layout) -> Plan:
     """Lay out rows so that every request is read exactly once and nothing shared is computed twice.
 
     Raises:
-        UserError: An empty context or continuation, or a continuation longer than the model takes.
+        BadRequestError: An empty continuation, or one longer than the model takes.
     """
     sequences: dict[tuple[int, ...], list[int]] = {}
     truncated = 0
@@ -182,17 +189,15 @@ def plan(requests: Sequence[Request], layout: Layout) -> Plan:
     if layout.packed:
         rows = _fill(rows, layout)
     rows.sort(key=lambda row: (not row.is_chain, -len(row), row.ids))
-    return Plan(rows, len(requests), truncated)
+    return Plan(rows, truncated)
 
 
 def _groups(ordered: Sequence[tuple[int, ...]], layout: Layout) -> Iterator[list[tuple[int, ...]]]:
     """Cut the sequences, in lexicographic order, into the rows they will share.
 
-    A sequence joins the row of the one before it if that costs less than a row of its own. Counted
-    in
-    tokens: sharing saves their common beginning; but in a packed row every token is compared with
-        every other, which
-    costs 1 / crossover of a token each.
+    A sequence joins the row of the one before it if that costs less than a row of its own. Sharing
+    saves their common beginning; but in a packed row every token is compared with every other,
+    which costs 1 / crossover of a token each.
     """
     group: list[tuple[int, ...]] = []
     size = 0
@@ -231,7 +236,8 @@ def _fill(rows: list[Row], layout: Layout) -> list[Row]:
             room, index = free.pop(at)
             filled[index].append(row)
         else:
-            room, index = capacity, len(filled)
+            room = min(capacity, layout.batch_size * row.longest)
+            index = len(filled)
             filled.append(row)
         if in_window and len(row) < room:
             insort(free, (room - len(row), index))
@@ -242,7 +248,8 @@ def _fits(before: Sequence[int], ids: Sequence[int], size: int, layout: Layout) 
     """Whether two neighbours may share a row of `size` tokens."""
     longest = max(len(before), len(ids))
     in_window = layout.window is None or longest <= layout.window
-    return layout.packed and in_window and size <= layout.max_length
+    small = size <= min(layout.max_length, max(layout.batch_size, ONE_CONTEXT) * longest)
+    return layout.packed and in_window and small
 
 
 def _cost(tokens: int, layout: Layout) -> float:
@@ -260,18 +267,15 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _check(request: Request, index: int, max_length: int) -> None:
-    if not request.context:
-        raise UserError(
-            f"Request {index} has an empty context, and the tokenizer has neither a BOS nor an EOS "
-            "token to put there. Pass prefix_token_id=ID."
-        )
     if not request.continuation:
-        raise UserError(
-            f"Request {index} has an empty continuation: there is nothing to score. "
-            "Look for an empty answer choice in the task's documents."
+        raise BadRequestError(
+            index,
+            "the continuation is empty or its text is swallowed by the context's last token; there "
+            "is nothing to score. Look for an empty answer choice.",
         )
     if len(request.continuation) > max_length:
-        raise UserError(
-            f"Request {index} asks for a continuation of {len(request.continuation)} tokens, and "
-            f"the model takes {max_length} (max_length). Raise max_length or shorten the answers."
+        raise BadRequestError(
+            index,
+            f"the continuation has {len(request.continuation)} tokens, and the model takes "
+            f"{max_length} (max_length). Raise max_length or shorten the answers.",
         )

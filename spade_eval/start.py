@@ -101,6 +101,11 @@ class StartStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Forget all states: the model has changed."""
+        self._entries.clear()
+        self._last = None
+
     def get(self, ids: Tensor) -> StartStates:
         """The states of the start tokens `ids`, (P,); those not yet known are computed at once."""
         unique, rows = ids.unique(return_inverse=True)
@@ -121,7 +126,8 @@ class StartStore:
             [torch.stack([kv[layer][1] for _, kv in entries]) for layer in range(n_layers)],
             rows,
         )
-        self._last = (wanted, found)
+        if len(wanted) == 1:
+            self._last = (wanted, found)
         while len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
         return found

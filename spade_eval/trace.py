@@ -79,7 +79,7 @@ def read(backbone: Backbone, h: Tensor, batch: Batch, softmax_dtype: torch.dtype
     targets = torch.from_numpy(batch.targets).to(h.device)
     logprobs = torch.empty(len(read_at), dtype=softmax_dtype, device=h.device)  # (N,)
     greedy = torch.empty(len(read_at), dtype=torch.bool, device=h.device)
-    rows = backbone.logits_rows()
+    rows = backbone.logits_rows(softmax_dtype)
     for first in range(0, len(h), rows):
         logits = backbone.logits(h[first : first + rows]).to(h.device)  # (P', V)
         here = slice(*np.searchsorted(batch.read_at, (first, first + rows)))

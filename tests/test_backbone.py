@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from zoo import FAMILIES, REFUSED, random_ids, tiny
 
 from spade_eval.backbone import Backbone
-from spade_eval.errors import UnsupportedModelError
+from spade_eval.errors import UnsupportedModelError, UserError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,7 +37,7 @@ def test_a_row_may_be_packed_or_the_check_says_no(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_are_inert_where_they_are_added_to_the_embedding_or_absent(family: str) -> None:
-    inert = {"gpt2", "opt", "opt_projected", "bloom", "falcon_alibi"}
+    inert = {"gpt2", "gpt_neo", "opt", "opt_projected", "bloom", "falcon_alibi"}
     assert Backbone(tiny(family)).positions_inert == (family in inert)
 
 
@@ -113,3 +113,37 @@ def test_a_tail_runs_one_token_through_the_upper_layers_only() -> None:
     for handle in handles:
         handle.remove()
     assert seen == [(2, (3, 1, backbone.width)), (3, (3, 1, backbone.width))]
+
+
+@torch.no_grad()
+def test_start_states_are_forgotten_on_demand() -> None:
+    base, ids = tiny("llama", seed=13), random_ids(2, 5)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    backbone = Backbone(get_peft_model(base, config).eval())
+    adapted = backbone.start_states(ids[:, 0]).hidden(4)
+    with backbone.model.disable_adapter():
+        backbone.starts.clear()
+        plain = backbone.start_states(ids[:, 0]).hidden(4)
+    assert (adapted - plain).abs().max() > 0.1
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training mode.*eval"):
+        Backbone(tiny("gpt2", seed=14).train())
+
+
+def test_prompt_learning_adapters_are_refused() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(UnsupportedModelError, match="prompt-learning"):
+        Backbone(get_peft_model(tiny("llama", seed=15), config).eval())
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_embedding_is_part_of_the_model() -> None:
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(tiny("llama", seed=16), config).eval()
+    backbone, ids = Backbone(adapted), random_ids(1, 5)
+    ours = backbone.logits(backbone.hidden_states(ids)[-1][0])
+    torch.testing.assert_close(ours, adapted(ids, use_cache=False).logits[0])

@@ -12,9 +12,14 @@ from zoo import FAMILIES, random_ids, tiny
 
 from spade_eval import decoders
 from spade_eval.backbone import Backbone
-from spade_eval.decoders import LogitLens, Spade, States
+from spade_eval.decoders import Decoder, LogitLens, Spade, States
 from spade_eval.errors import UserError
 from spade_eval.start import StartStore
+
+
+def read(decoder: Decoder, backbone: Backbone, states: States) -> Tensor:
+    return backbone.logits(decoder.align(backbone, states))
+
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -78,7 +83,7 @@ def test_spade_agrees_with_the_naive_loop(family: str, positions: str, start: st
     pair = start == "keep"
     for layer in (0, 1, backbone.n_layers - 1):
         states = states_at(hidden, layer, ids, AT)
-        ours = decoders.read(decoder, backbone, states)
+        ours = read(decoder, backbone, states)
         for i, (row, at) in enumerate(AT):
             last = at if positions == "keep" else int(pair)
             where = [0, last] if pair else [last]
@@ -94,9 +99,7 @@ def test_at_the_last_layer_every_decoder_is_the_model(family: str) -> None:
     logits = model(ids, use_cache=False).logits
     states = states_at(backbone.hidden_states(ids), backbone.n_layers, ids, [*AT, (2, 0)])
     for decoder in (LogitLens(), Spade(), Spade(start="none"), Spade(positions="keep")):
-        for ours, (row, at) in zip(
-            decoders.read(decoder, backbone, states), [*AT, (2, 0)], strict=True
-        ):
+        for ours, (row, at) in zip(read(decoder, backbone, states), [*AT, (2, 0)], strict=True):
             torch.testing.assert_close(ours, logits[row, at], **TOLERANCE)
 
 
@@ -106,8 +109,13 @@ def test_spade_at_layer_0_is_the_model_on_start_and_token(family: str) -> None:
     model, ids = tiny(family), random_ids(3, 8)
     backbone = Backbone(model)
     hidden = backbone.hidden_states(ids)
-    ours = decoders.read(Spade(), backbone, states_at(hidden, 0, ids, AT))
-    added = family in {"gpt2", "opt", "opt_projected"}  # the position is in h^0 and stays there
+    ours = read(Spade(), backbone, states_at(hidden, 0, ids, AT))
+    added = family in {
+        "gpt2",
+        "gpt_neo",
+        "opt",
+        "opt_projected",
+    }  # the position is in h^0 and stays there
     for logits, (row, at) in zip(ours, AT, strict=True):
         inputs = {
             "input_ids": ids[row, [0, at]][None],
@@ -126,10 +134,10 @@ def test_position_0_answers_with_its_own_full_depth_state(family: str) -> None:
     hidden = backbone.hidden_states(ids)
     logits = model(ids, use_cache=False).logits
     states = states_at(hidden, 1, ids, [(0, 0), (1, 3), (2, 0)])
-    ours = decoders.read(Spade(), backbone, states)
+    ours = read(Spade(), backbone, states)
     torch.testing.assert_close(ours[0], logits[0, 0], **TOLERANCE)
     torch.testing.assert_close(ours[2], logits[2, 0], **TOLERANCE)
-    alone = decoders.read(Spade(), backbone, states_at(hidden, 1, ids, [(1, 3)]))
+    alone = read(Spade(), backbone, states_at(hidden, 1, ids, [(1, 3)]))
     torch.testing.assert_close(ours[1], alone[0], **TOLERANCE)
 
 
@@ -138,12 +146,12 @@ def test_layer_start_and_positions_all_matter() -> None:
     model, ids = tiny("llama"), random_ids(3, 8)
     backbone = Backbone(model)
     hidden = backbone.hidden_states(ids)
-    read = {
-        (layer, decoder): decoders.read(decoder, backbone, states_at(hidden, layer, ids, AT))
+    found = {
+        (layer, decoder): read(decoder, backbone, states_at(hidden, layer, ids, AT))
         for layer in (1, 2, 3)
         for decoder in (LogitLens(), Spade(), Spade(start="none"), Spade(positions="keep"))
     }
-    values = list(read.values())
+    values = list(found.values())
     for i, a in enumerate(values):
         for b in values[:i]:
             assert (a - b).abs().max() > 0.01
@@ -163,7 +171,7 @@ def test_library_functions_are_the_decoders() -> None:
         (decoders.logit_lens(backbone, s.h), LogitLens()),
     ]
     for ours, decoder in pairs:
-        assert torch.equal(ours, decoders.read(decoder, backbone, s))
+        assert torch.equal(ours, read(decoder, backbone, s))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,17 @@ def test_more_distinct_starts_than_the_store_holds_still_decode() -> None:
     ids[:, 1:] = random_ids(40, 3)
     hidden = backbone.hidden_states(ids)
     at = [(row, 3) for row in range(40)]
-    wide = decoders.read(Spade(), backbone, states_at(hidden, 2, ids, at))
+    wide = read(Spade(), backbone, states_at(hidden, 2, ids, at))
     backbone.starts = StartStore(backbone._compute_starts, capacity=2)
-    narrow = decoders.read(Spade(), backbone, states_at(hidden, 2, ids, at))
+    narrow = read(Spade(), backbone, states_at(hidden, 2, ids, at))
     torch.testing.assert_close(wide, narrow)
+
+
+@pytest.mark.parametrize("layer", [-1, 5])
+def test_a_layer_out_of_range_is_refused(layer: int) -> None:
+    backbone = Backbone(tiny("llama"))
+    one = torch.ones(1, dtype=torch.long)
+    with pytest.raises(
+        UserError, match=rf"layer={layer} is out of range: LlamaForCausalLM has 0\.\.4"
+    ):
+        decoders.spade(backbone, torch.zeros(1, backbone.width), layer, one, one)

@@ -78,7 +78,8 @@ def close(ours: list, theirs: list) -> None:
 
 @pytest.mark.parametrize("layout", ["packed", "dense"])
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt2", "bloom", "gpt_oss"]
+    "family",
+    ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt2", "gpt_neo", "bloom", "gpt_oss"],
 )
 @pytest.mark.parametrize("cls", [SpadeLayerLM, LogitLensLM])
 def test_at_the_last_layer_answers_are_those_of_hflm(cls: type, family: str, layout: str) -> None:
@@ -254,6 +255,24 @@ def test_automatic_batch_size_gives_the_same_answers(schedule: str) -> None:
     close(lm.loglikelihood(requests), build(SpadeLayerLM, layer=2).loglikelihood(requests))
     assert set(lm.batch_sizes.values()) == {8}
     assert len(lm.batch_sizes) == (1 if schedule == "auto" else 3)
+
+
+def test_automatic_batch_size_shrinks_until_the_largest_batch_fits() -> None:
+    lm = build(SpadeLayerLM, layer=2, batch_size="auto", max_batch_size=16)
+    requests = instances(task_pairs(8))
+    expected = build(SpadeLayerLM, layer=2).loglikelihood(requests)
+    lm._device = torch.device("meta")  # anything but the CPU, where memory does not run out in time
+    score, sizes = lm._score, []
+
+    def run_out_of_memory(batch: Any, account: Any) -> Any:
+        sizes.append(batch.ids.size)
+        if batch.ids.size > 400:
+            raise RuntimeError("CUDA out of memory.")
+        return score(batch, account)
+
+    lm._run = run_out_of_memory
+    close(lm.loglikelihood(requests), expected)
+    assert max(sizes) > 400 >= max(sizes[-3:])
 
 
 def test_softmax_dtype_and_mixed_precision_are_honoured() -> None:

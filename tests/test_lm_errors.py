@@ -33,6 +33,14 @@ if TYPE_CHECKING:
         ({"layer": 1, "batch_size": "many"}, r"batch_size='many': give a number"),
         ({"layer": 1, "positoins": "keep"}, r"'positoins' is not an argument. Did you mean 'positions'"),
         ({"layer": 1, "dtpye": "bfloat16"}, r"'dtpye' is not an argument. Did you mean 'dtype'\?"),
+        ({"layer": 1, "batch_size": "auto:inf"}, r"batch_size='auto:inf': give a number"),
+        ({"layer": 1, "max_batch_size": 0}, r"max_batch_size=0: give a whole number from 1 up"),
+        ({"layer": 1, "max_length": -5}, r"max_length=-5: give a whole number from 1 up"),
+        ({"layer": 1, "backend": "seq2seq"}, r"backend='seq2seq': the decoders read decoder-only"),
+        ({"layer": 1, "dtype": "bfloat17"}, r"dtype='bfloat17' is not a torch dtype. Did you mean 'bfloat16'"),
+        ({"layer": 1, "load_in_4bit": True}, r"'load_in_4bit' is not an argument"),
+        ({"layer": 1, "to_dict": 3}, r"'to_dict' is not an argument"),
+        ({"layer": 1, "trust_remote_code": True, "positoins": 1}, r"'positoins' is not an argument"),
         ({"layer": 1, "treshold": 1.0}, r"SpadeLayerLM: 'treshold' is not an argument"),
     ],
 )  # fmt: skip
@@ -96,18 +104,25 @@ def test_add_bos_token_needs_a_bos_token() -> None:
 
 
 def test_empty_context_needs_a_token_to_put_there() -> None:
-    lm = build(SpadeLayerLM, layer=1, tokenizer=byte_tokenizer(bos=False))
-    with pytest.raises(
-        UserError, match=r"Empty context in task task, document 0.*prefix_token_id=ID"
-    ):
-        lm.loglikelihood(instances([("", "x")]))
+    with pytest.raises(UserError, match=r"neither a BOS nor an EOS token.*prefix_token_id=ID"):
+        build(SpadeLayerLM, layer=1, tokenizer=byte_tokenizer(bos=False))
 
 
 def test_empty_continuation_is_named() -> None:
     lm = build(SpadeLayerLM, layer=1)
-    with pytest.raises(UserError, match="Empty continuation in task task, document 1"):
+    with pytest.raises(UserError, match="task task, document 1: empty continuation"):
         lm.loglikelihood(instances([("a", "x"), ("b", "")]))
+    with pytest.raises(UserError, match="task task, document 1: the continuation has 70 tokens"):
+        lm.loglikelihood(instances([("a", "x"), ("b", "y" * 70)]))
     assert lm.account.requests == 0
+
+
+def test_an_error_does_not_lose_the_account() -> None:
+    lm = build(SpadeLayerLM, layer=1)
+    lm.loglikelihood(instances([("a", "x")]))
+    with pytest.raises(UserError):
+        lm.loglikelihood(instances([("b", "y" * 70)]))
+    assert lm.account.requests == 1
 
 
 def test_generation_says_which_models_will_do_it() -> None:
@@ -145,6 +160,15 @@ def test_a_cache_is_used_again_by_its_own_configuration_only(tmp_path: Path) -> 
         with pytest.raises(UserError, match=f"answers of another configuration.*{differs}"):
             answer(other, path)
     assert answer(build(SpadeLayerLM, layer=2), path)[0] == first
+
+
+def test_a_config_override_is_another_configuration(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    settings = {"pretrained": str(tmp_path), "device": "cpu", "layer": 2}
+    answer(SpadeLayerLM(**settings), tmp_path / "answers.db")
+    with pytest.raises(UserError, match=r"answers of another configuration.*config was"):
+        answer(SpadeLayerLM(rms_norm_eps=0.1, **settings), tmp_path / "answers.db")
 
 
 def test_a_cache_of_unknown_origin_is_refused(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spade_eval.batching import Batch, batches, collate, visible
-from spade_eval.errors import UserError
-from spade_eval.scoring import FILL, Layout, Request, Row, feed, plan
+from spade_eval.batching import Batch, collate, cut, visible
+from spade_eval.scoring import FILL, BadRequestError, Layout, Request, Row, feed, plan
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple)  # few ids: much is shared
 requests = st.lists(st.builds(Request, tokens, tokens), max_size=25)
@@ -22,6 +21,7 @@ layouts = st.builds(
     packed=st.booleans(),
     window=st.one_of(st.none(), st.integers(3, 12)),
     crossover=st.sampled_from([3.0, 50.0, 1e9]),
+    batch_size=st.sampled_from([1, 4, 99]),
     kept=st.sampled_from([(), (0,)]),
 )
 
@@ -78,12 +78,12 @@ def test_batches_hold_every_row_once_and_keep_their_size(
     asked: list[Request], layout: Layout, batch_size: int
 ) -> None:
     rows = plan(asked, layout).rows
-    cut = list(batches(rows, batch_size))
-    assert sum(len(b.ids) for b in cut) == len(rows)
-    assert sum(b.tokens for b in cut) == sum(len(row) for row in rows)
-    read = Counter(int(r) for b in cut for r in b.requests)
+    made = [collate(group) for group in cut(rows, batch_size)]
+    assert sum(len(b.ids) for b in made) == len(rows)
+    assert sum(b.tokens for b in made) == sum(len(row) for row in rows)
+    read = Counter(int(r) for b in made for r in b.requests)
     assert read == Counter({i: len(r.continuation) for i, r in enumerate(asked)})
-    for batch in cut:
+    for batch in made:
         longest = batch.scored_positions.max() + 1
         assert batch.ids.size <= batch_size * longest or len(batch.ids) == 1
         assert len(set(batch.scored.tolist())) == len(batch.scored)
@@ -157,7 +157,7 @@ def test_a_batch_is_cut_before_it_is_mostly_padding() -> None:
     lengths = [600, 310, 305, 300, 299]
     asked = [Request((i,) * n, (1,)) for i, n in enumerate(lengths)]
     rows = plan(asked, Layout(max_length=999)).rows
-    assert [batch.ids.shape for batch in batches(rows, 16)] == [(1, 600), (4, 310)]
+    assert [collate(group).ids.shape for group in cut(rows, 16)] == [(1, 600), (4, 310)]
 
 
 def test_truncation_keeps_a_special_first_token_and_cuts_behind_it() -> None:
@@ -178,14 +178,26 @@ def test_padding_sees_itself_alone() -> None:
     ]
 
 
+def test_a_small_batch_size_bounds_what_a_row_holds() -> None:
+    """A single row is the smallest batch: filled without bound it would not get smaller on less memory."""
+    asked = [Request((i,) * 10, (1,)) for i in range(40)]
+    for batch_size, most in [(1, 10), (4, 40), (999, 100)]:
+        layout = Layout(max_length=999, packed=True, crossover=100.0 * FILL, batch_size=batch_size)
+        assert max(map(len, plan(asked, layout).rows)) == most
+    context = tuple(range(50))
+    choices = [Request(context, (i, *range(49))) for i in range(40)]
+    layout = Layout(max_length=9999, packed=True, crossover=1e9, batch_size=1)
+    assert max(map(len, plan(choices, layout).rows)) <= 8 * 99
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request((), (1,)), "Request 0 has an empty context.*prefix_token_id"),
-        (Request((1,), ()), "Request 0 has an empty continuation.*nothing to score"),
-        (Request((1,), (1,) * 9), "continuation of 9 tokens, and the model takes 8"),
+        (Request((1,), ()), "the continuation is empty.*nothing to score"),
+        (Request((1,), (1,) * 9), "the continuation has 9 tokens, and the model takes 8"),
     ],
 )
 def test_requests_that_cannot_be_scored(request_: Request, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        plan([request_], Layout(max_length=8))
+    with pytest.raises(BadRequestError, match=message) as error:
+        plan([Request((1,), (2,)), request_], Layout(max_length=8))
+    assert error.value.index == 1

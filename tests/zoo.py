@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "phi3": ("Phi3Config", {}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "gpt2": ("GPT2Config", {}),
+    "gpt_neo": ("GPTNeoConfig", {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 6}),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "opt_projected": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "olmo2": ("Olmo2Config", {}),

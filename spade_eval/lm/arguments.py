@@ -7,8 +7,10 @@ a traceback from deep inside transformers. Here it ends in a sentence with the n
 from __future__ import annotations
 
 import inspect
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 
 from spade_eval.errors import UserError, did_you_mean
@@ -20,12 +22,11 @@ if TYPE_CHECKING:
 # too.
 FROM_PRETRAINED = frozenset(
     """
-    adapter_kwargs adapter_name allow_all_kernels attn_implementation bnb_4bit_compute_dtype
-    bnb_4bit_quant_type bnb_4bit_use_double_quant cache_dir code_revision config device_map
-    experts_implementation force_download ignore_mismatched_sizes kernel_config key_mapping
-    load_in_4bit load_in_8bit local_files_only low_cpu_mem_usage max_memory offload_buffers
-    proxies quantization_config state_dict token torch_dtype use_kernels use_safetensors variant
-    weights_only
+    adapter_kwargs adapter_name allow_all_kernels attn_implementation cache_dir code_revision config
+    device_map device_mesh distributed_config experts_implementation force_download
+    generation_config ignore_mismatched_sizes kernel_config key_mapping local_files_only
+    low_cpu_mem_usage max_memory offload_buffers proxies quantization_config state_dict token
+    torch_dtype tp_size use_kernels use_safetensors variant weights_only
     """.split()  # noqa: SIM905 - a list of literals would be thirty lines
 )
 
@@ -52,7 +53,8 @@ def check_names(
         UserError: Names the argument and the nearest valid one.
     """
     valid = hflm_arguments() | FROM_PRETRAINED | set(own)
-    unknown = [name for name in given if name not in valid and not hasattr(config, name)]
+    valid |= set(config.to_dict())
+    unknown = [name for name in given if name not in valid]
     if unknown and not remote_code:
         hints = " ".join(
             f"{name!r} is not an argument.{did_you_mean(name, valid)}" for name in unknown
@@ -60,19 +62,34 @@ def check_names(
         raise UserError(f"{model}: {hints} Its own arguments are {', '.join(sorted(own))}.")
 
 
-def batch_size(value: Any) -> None:
-    """Accept a positive number, "auto" or "auto:N".
+def check_values(given: dict[str, Any]) -> None:
+    """Check values of HFLM's arguments that would fail late or in the dark.
 
     Raises:
-        UserError: Anything else.
+        UserError: Names the argument, what was given and what is valid.
     """
-    text = str(value)
-    number = text.removeprefix("auto:") if text != "auto" else "1"
-    try:
-        good = float(number) >= 1 and (text.startswith("auto") or float(number) == int(number))
-    except (ValueError, OverflowError):
-        good = False
-    if not good:
+    _check_batch_size(given.get("batch_size", 1))
+    for name in ("max_batch_size", "max_length"):
+        value = given.get(name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise UserError(f"{name}={value!r}: give a whole number from 1 up.")
+    if given.get("backend", "default") not in ("default", "causal"):
+        raise UserError(
+            f"backend={given['backend']!r}: the decoders read decoder-only models; leave backend "
+            "out, or give 'causal'."
+        )
+    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
+        value = given.get(name)
+        named = value.removeprefix("torch.") if isinstance(value, str) else "float32"
+        if named != "auto" and not isinstance(getattr(torch, named, None), torch.dtype):
+            hint = did_you_mean(named, ("float32", "float16", "bfloat16", "float64"))
+            raise UserError(f"{name}={value!r} is not a torch dtype.{hint}")
+
+
+def _check_batch_size(value: Any) -> None:
+    """Accept a positive number, "auto" or "auto:N"."""
+    number = str(value).removeprefix("auto:") if str(value) != "auto" else "1"
+    if not (number.isdecimal() and int(number) >= 1):
         raise UserError(f"batch_size={value!r}: give a number from 1 up, 'auto' or 'auto:N'.")
 
 
@@ -91,11 +108,12 @@ def layer(value: Any, n_layers: int | None = None) -> int:
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # lm-eval's command line reads -1 as -1.0
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise UserError(
             f"layer={value!r} is not a whole number. Give a layer from 0 (the embedding) to the "
             "model's last, or -1 for the last."
         )
+    value = int(value)
     if n_layers is None:
         return value
     if not -n_layers - 1 <= value <= n_layers:

@@ -1,8 +1,7 @@
 """What all models of this package share: requests in, answers out.
 
-    loglikelihood(requests) -> token ids -> plan -> batches -> `_score(batch)` -> (log-likelihood,
-    greedy) per request loglikelihood_rolling   -> windows   -> the same
-    -> one sum per page
+    loglikelihood(requests) -> token ids -> plan -> batches -> `_score` -> answer per request
+    loglikelihood_rolling(pages) -> windows -> the same -> one sum per page
 
 A subclass says what happens to one batch. Everything else is HFLM's: loading, tokenizer, chat
 template, devices, ranks, PEFT, quantisation.
@@ -13,6 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,12 +25,13 @@ from tqdm import tqdm
 
 from spade_eval import __version__, scoring
 from spade_eval.backbone import Backbone
-from spade_eval.batching import Batch, batches
+from spade_eval.batching import Batch, collate, cut, footprint
 from spade_eval.cost import Account
 from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lm import arguments
-from spade_eval.lm.cache import guard, weights_digest
+from spade_eval.lm.cache import fingerprint, guard
+from spade_eval.lm.windows import may_pack, window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,12 +57,13 @@ class SpadeLM(HFLM):
     """
 
     def __init__(self, pretrained: Any = None, **kwargs: Any):
-        arguments.batch_size(kwargs.get("batch_size", 1))
+        arguments.check_values(kwargs)
         self._given = kwargs
-        self._model_source = str(pretrained) if isinstance(pretrained, str) else DEFAULT_MODEL_NAME
         if pretrained is None:
-            pretrained = str(default_model_path())
-        elif not isinstance(pretrained, str):
+            self._model_source, pretrained = DEFAULT_MODEL_NAME, str(default_model_path())
+        elif isinstance(pretrained, (str, Path)):
+            self._model_source = pretrained = str(pretrained)
+        else:
             self._model_source = pretrained.config._name_or_path or type(pretrained).__name__
         super().__init__(pretrained=pretrained, **kwargs)
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
@@ -68,9 +71,14 @@ class SpadeLM(HFLM):
                 f"add_bos_token=True, but the tokenizer of {self._model_source} has no BOS token. "
                 "Leave it out: the start token is then the first token of each prompt."
             )
+        if self.prefix_token_id is None:
+            raise UserError(
+                f"The tokenizer of {self._model_source} has neither a BOS nor an EOS token to "
+                "stand in for an empty context. Pass prefix_token_id=ID."
+            )
         self.backbone = Backbone(self.model)
         self.account = Account()
-        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+        self._encode = lru_cache(maxsize=8)(super().tok_encode)
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -95,7 +103,7 @@ class SpadeLM(HFLM):
                 "decoders read a decoder-only model. Give a causal language model."
             )
         own = set(inspect.signature(type(self).__init__).parameters) - {"self", "kwargs"}
-        remote = bool(self._given.get("trust_remote_code"))
+        remote = bool(self._given.get("trust_remote_code") and getattr(config, "auto_map", None))
         arguments.check_names(type(self).__name__, self._given, own, config, remote)
         n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
         if n_layers is not None:
@@ -110,19 +118,13 @@ class SpadeLM(HFLM):
         """As in HFLM, but not again for every choice of a context: the last few are remembered."""
         if args or kwargs:
             return super().tok_encode(string, add_special_tokens, *args, **kwargs)
-        key = (string, add_special_tokens)
-        if key not in self._encoded:
-            if len(self._encoded) >= 4:
-                del self._encoded[next(iter(self._encoded))]
-            self._encoded[key] = super().tok_encode(string, add_special_tokens)
-        return self._encoded[key]
+        return list(self._encode(string, add_special_tokens))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if not context_ids:  # a context of blanks only, which moved into the continuation
-            context_ids = [self.prefix_token_id]
-        # Many tokenizers ignore add_bos_token; a chat template may have put the token there
-        # already.
+            return [self.prefix_token_id], continuation_ids
+        # Many tokenizers ignore add_bos_token; a chat template may have put the token there.
         bos = self.tokenizer.bos_token_id
         if self.add_bos_token and context_ids[0] != bos:
             context_ids = [bos, *context_ids]
@@ -133,19 +135,13 @@ class SpadeLM(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
         for request in requests:
-            context, continuation = request.args
-            where = f"task {request.task_name}, document {request.doc_id}"
-            if not continuation:
-                raise UserError(
-                    f"Empty continuation in {where}: an empty answer choice cannot be scored."
-                )
-            if not context and self.prefix_token_id is None:
-                raise UserError(
-                    f"Empty context in {where}, and the tokenizer has neither a BOS nor an EOS "
-                    "token to put there. Pass prefix_token_id=ID."
-                )
-        with self._accounting():
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            if not request.args[1]:
+                raise UserError(f"{_place(request)}: empty continuation, an answer without text.")
+        try:
+            with self._accounting():
+                return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        except scoring.BadRequestError as err:
+            raise UserError(f"{_place(requests[err.index])}: {err}") from err
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in disjoint windows of at most `max_length` tokens."""
@@ -199,10 +195,9 @@ class SpadeLM(HFLM):
             answers = self._run(batch, self.account)
             np.add.at(sums, batch.requests, answers.logprobs)
             np.logical_and.at(greedy, batch.requests, answers.greedy)
+            # A request lies in one batch: what is done survives a kill in --use_cache.
             done = np.unique(batch.requests).tolist()
-            for (
-                index
-            ) in done:  # a request lies in one batch: what is done survives a kill in --use_cache
+            for index in done:
                 if (text := requests[index][0]) is not None:
                     answer = (float(sums[index]), bool(greedy[index]))
                     self.cache_hook.add_partial("loglikelihood", text, answer)
@@ -217,7 +212,7 @@ class SpadeLM(HFLM):
             f"{tasks}: the task asks for generated text, and {type(self).__name__} of spade_eval "
             f"{__version__} scores log-likelihoods only. Generation will come for spade_exit, "
             "lens_exit, spade_layer, l_spade, tuned_lens and logit_lens; until then use --model hf "
-            "for this task."
+            "for this task. What was scored before is kept if --use_cache was given."
         )
 
     # ------------------------------------------------------------------ batches
@@ -226,22 +221,20 @@ class SpadeLM(HFLM):
     def layout(self) -> scoring.Layout:
         """Which rows this model may be given; `logits_cache=False` asks for one per sequence."""
         config = self.backbone.model.config.get_text_config()
-        windows = [
-            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
-        ]
-        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        auto = self.batch_size == "auto"
         return scoring.Layout(
             max_length=self.max_length,
-            packed=self.backbone.packs and self.logits_cache and not flash,
-            window=min((w for w in windows if w), default=None),
+            packed=self.logits_cache and self.backbone.packs and may_pack(config),
+            window=window(config),
             crossover=self.backbone.crossover,
+            batch_size=int(self.max_batch_size if auto else self.batch_size),
             kept=frozenset(self.tokenizer.all_special_ids),
         )
 
     def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[Batch]:
         """Batches of the size that the user gave; "auto" finds it, "auto:N" does so N times."""
-        if fixed is not None or self.batch_size != "auto":
-            yield from batches(plan.rows, int(fixed or self.batch_size))
+        if fixed or self.batch_size != "auto":
+            yield from map(collate, cut(plan.rows, int(fixed or self.batch_size)))
             return
         parts = max(1, int(self.batch_schedule))
         size = -(-len(plan.rows) // parts)
@@ -250,22 +243,28 @@ class SpadeLM(HFLM):
             rows = plan.rows[part * size : (part + 1) * size]
             if rows:
                 self.batch_sizes[part] = self._probe_batch_size(rows)
-                yield from batches(rows, self.batch_sizes[part])
+                yield from map(collate, cut(rows, self.batch_sizes[part]))
 
     def _probe_batch_size(self, rows: Sequence[scoring.Row]) -> int:
-        """The largest size at which the first batch, which has the longest rows, fits."""
+        """The largest size at which the largest batch fits into memory.
+
+        Ranks need not agree: each runs its own batches.
+        """
         if self.device.type == "cpu":  # no allocator there that fails before the machine does
             return int(self.max_batch_size)
 
         def attempt(batch_size: int) -> int:
-            self._run(next(iter(batches(rows, batch_size))), Account())
+            largest = max(cut(rows, batch_size), key=footprint)
+            self._run(collate(largest), Account())
             return batch_size
 
-        # Halves the size whenever memory runs out.
-        size = int(find_executable_batch_size(attempt, self.max_batch_size)())
-        if self.world_size > 1:
-            sizes = self.all_gather(torch.tensor([size], device=self.device))
-            size = int(sizes.min())
+        # Shrinks the size whenever memory runs out.
+        try:
+            size = int(find_executable_batch_size(attempt, self.max_batch_size)())
+        except RuntimeError as err:
+            if "No executable batch size" not in str(err):
+                raise
+            size = 1
         log.info("batch_size=auto: %d", size)
         return size
 
@@ -279,40 +278,23 @@ class SpadeLM(HFLM):
     @contextmanager
     def _accounting(self) -> Iterator[None]:
         """Count what happens inside, on all ranks, into `account` of rank 0."""
-        before, self.account = self.account, Account()
-        with self.account.clock():
-            yield
+        total, self.account = self.account, Account()
         parts: list[Account] | None = [self.account]
-        # With a response cache a rank may have nothing left to score and never get here.
-        if self.world_size > 1 and self.cache_hook.dbdict is None:
-            parts = self.gather_object(self.account)
-        self.account = before
-        for part in parts or []:
-            self.account.merge(part)
-
-    def fingerprint(self) -> dict[str, object]:
-        """Everything that an answer depends on; a response cache belongs to one fingerprint."""
-        return {
-            **self._settings(),
-            "model": self._model_source,
-            "revision": str(self.revision),
-            "weights": weights_digest(self.model),
-            "peft": self.peft,
-            "delta": self.delta,
-            "dtype": str(self.model.dtype),
-            "softmax_dtype": str(self.softmax_dtype),
-            "mixed_precision_dtype": str(self.mixed_precision_dtype),
-            "tokenizer": self.tokenizer.name_or_path,
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "prefix_token_id": self.prefix_token_id,
-        }
+        try:
+            with self.account.clock():
+                yield
+            # With a response cache a rank may have nothing left to score and never get here.
+            if self.world_size > 1 and self.cache_hook.dbdict is None:
+                parts = self.gather_object(self.account)
+        finally:
+            self.account = total
+            self.account.merge(parts or [])
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """As in lm-eval, but refuse a cache of another configuration's answers."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
-            guard(cache_hook.dbdict, self.fingerprint())
+            guard(cache_hook.dbdict, fingerprint(self, self._settings()))
 
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's entries and one of ours, `spade`, for the `config` of the results."""
@@ -323,6 +305,12 @@ class SpadeLM(HFLM):
             "model": self._model_source,
             "revision": str(self.revision),
             "package_version": __version__,
+            "ranks_counted": self.world_size if self.cache_hook.dbdict is None else 1,
             "account": self.account.report(),
         }
         return {**super().get_model_info(), "spade": spade}
+
+
+def _place(request: Any) -> str:
+    """Where a request comes from, for messages."""
+    return f"task {request.task_name}, document {request.doc_id}"

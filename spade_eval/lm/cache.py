@@ -6,8 +6,13 @@ Without it, a run at another layer, threshold or model would be answered from th
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from spade_eval import __version__
 from spade_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,11 +45,46 @@ def guard(responses: MutableMapping[str, Any], fingerprint: dict[str, object]) -
     responses[KEY] = fingerprint
 
 
+def fingerprint(lm: Any, settings: dict[str, object]) -> dict[str, object]:
+    """Everything that an answer of an HFLM object depends on.
+
+    Args:
+        lm: The object.
+        settings: Its decoder's settings.
+    """
+    return {
+        **settings,
+        "package_version": __version__,
+        "config": config_digest(lm.model.config),
+        "weights": weights_digest(lm.model),
+        "revision": str(lm.revision),
+        "peft": lm.peft,
+        "delta": lm.delta,
+        "dtype": str(lm.model.dtype),
+        "softmax_dtype": str(lm.softmax_dtype or torch.float32),
+        "mixed_precision_dtype": str(lm.mixed_precision_dtype),
+        "tokenizer": lm.tokenizer.name_or_path,
+        "max_length": lm.max_length,
+        "add_bos_token": lm.add_bos_token,
+        "prefix_token_id": lm.prefix_token_id,
+    }
+
+
 def weights_digest(model: nn.Module) -> str:
-    """A hash of the first 64 numbers of every parameter, which no fine-tuning leaves alone."""
+    """A hash of 64 numbers of every weight and buffer, evenly spaced: cheap to compute."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.device.type != "meta":  # offloaded to disk
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # not offloaded to disk
             digest.update(name.encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            flat = tensor.detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)]
+            digest.update(some.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def config_digest(config: Any) -> str:
+    """A hash of a model's config, without where it was loaded from."""
+    entries = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]

@@ -42,7 +42,8 @@ class FixedLayerLM(SpadeLM):
         known = self.backbone.starts.computed
         answers = score(self.backbone, batch, self.decoder, self.layer, dtype)
         starts = self.backbone.starts.computed - known
-        account.add(batch, self.layer, self.backbone.n_layers, self.decoder.has_tail, starts)
+        tail = self.decoder.tail_tokens(batch.scored_positions)
+        account.add(batch, self.layer, self.backbone.n_layers, tail, starts)
         return answers
 
     def _settings(self) -> dict[str, object]:
@@ -71,15 +72,13 @@ class SpadeLayerLM(FixedLayerLM):
         super().__init__(
             Spade(positions=positions, start=start), layer, pretrained=pretrained, **kwargs
         )
-        if self.backbone.positions_inert and positions == "keep":
-            log.warning(
-                "positions=keep has no effect on %s: its tails ignore positions.",
-                self.backbone.name,
-            )
+        # A token on its own attends to nothing else, and rotary positions are about distances.
+        self._inert = self.backbone.positions_inert or start == "none"
+        if self._inert and positions == "keep":
+            log.warning("positions=keep has no effect on these tails of %s.", self.backbone.name)
 
     def _settings(self) -> dict[str, object]:
-        inert = {"positions": "inert"} if self.backbone.positions_inert else {}
-        return {**super()._settings(), **inert}
+        return {**super()._settings(), **({"positions": "inert"} if self._inert else {})}
 
 
 class LogitLensLM(FixedLayerLM):

@@ -1,0 +1,27 @@
+"""What a model's attention windows and kernels mean for packed rows.
+
+A packed row brings its own 4D mask, which replaces the model's. transformers builds two kinds of
+windows into masks: they vanish, so no path in a packed row may be longer. Any other window is
+applied inside attention, to the distance between columns of the row, and forbids packing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+IN_MASKS = ("sliding_window", "attention_chunk_size")
+NO_WINDOWS = ("use_sliding_window", "max_window_layers")  # switches beside a window, not windows
+
+
+def window(config: Any) -> int | None:
+    """The shortest window that transformers builds into masks, in tokens; None if there is none."""
+    return min((w for name in IN_MASKS if (w := getattr(config, name, None))), default=None)
+
+
+def may_pack(config: Any) -> bool:
+    """Whether the config leaves room for packed rows; flash attention takes no 4D mask."""
+    other = any(
+        value and "window" in name and name not in IN_MASKS + NO_WINDOWS
+        for name, value in config.to_dict().items()
+    )
+    return not other and "flash" not in str(getattr(config, "_attn_implementation", ""))
