@@ -16,6 +16,7 @@ question of its name: `Backbone` runs the four checks of `spade_eval.checks` whe
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-# Logits alive at once. On a CPU, blocks of over 32 MB come from the system anew each time, and
-# touching their pages takes as long as the head; on a GPU larger products are the faster ones.
-LOGITS_BYTES, LOGITS_BYTES_CPU = 256 * 2**20, 32 * 2**20
+LOGITS_BYTES = 256 * 2**20  # logits alive at once on a GPU: larger products are the faster ones
+# On a CPU, larger blocks come from the system anew each time, a rule of the C library, and touching
+# their pages takes about as long as the arithmetic. It bounds logits and the widest activations.
+CPU_BYTES = 32 * 2**20
 TAIL_ROWS = 4096  # tokens sent through the upper layers at once: bounds keys and activations
 
 
@@ -158,8 +160,16 @@ class Backbone:
 
     def logits_rows(self, dtype: torch.dtype) -> int:
         """Rows whose logits in `dtype` fit the memory bound, at least one."""
-        held = LOGITS_BYTES_CPU if self.device.type == "cpu" else LOGITS_BYTES
+        held = CPU_BYTES if self.device.type == "cpu" else LOGITS_BYTES
         return max(1, held // (self.vocab_size * dtype.itemsize))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens beyond which a batch only gets slower; without bound on a GPU."""
+        if self.device.type != "cpu":
+            return sys.maxsize
+        # The widest activation is taken to have 4 d numbers per token.
+        return max(512, CPU_BYTES // (4 * self.width * self.model.dtype.itemsize))
 
     # ------------------------------------------------------------------ the two-token tail
 

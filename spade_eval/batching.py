@@ -5,6 +5,7 @@ rows, longest first -> batches -> collate: padded arrays, and a mask if the rows
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,12 +55,16 @@ class Batch:
     tokens_hf: int
 
 
-def cut(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
+def cut(
+    rows: Iterable[Row], batch_size: int, most_tokens: int = sys.maxsize
+) -> Iterator[list[Row]]:
     """Cut rows into batches as large as `--model hf` makes them, but of at least one row.
 
     There, `batch_size` sequences are padded to the longest; a batch here holds as many tokens,
     padding included. Counting packed rows by their sequences would shrink batches by what sharing
     saves, and with them the efficiency of matrix products.
+
+    `most_tokens` bounds a batch where more tokens make it slower.
 
     Chains and forests do not share a batch, since chains need no mask.
     """
@@ -68,7 +73,7 @@ def cut(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
         width, longest = max(map(len, [*held, row])), max(r.longest for r in [*held, row])
         padded = (len(held) + 1) * width
         real = sum(map(len, held))
-        full = padded > batch_size * longest
+        full = padded > min(batch_size * longest, most_tokens)
         wasteful = real >= ENOUGH_TOKENS and padded > (real + len(row)) * (1 + MOST_PADDING)
         if held and (full or wasteful or row.is_chain != held[0].is_chain):
             yield held

@@ -233,8 +233,9 @@ class SpadeLM(HFLM):
 
     def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[Batch]:
         """Batches of the size that the user gave; "auto" finds it, "auto:N" does so N times."""
+        most = self.backbone.most_tokens
         if fixed or self.batch_size != "auto":
-            yield from map(collate, cut(plan.rows, int(fixed or self.batch_size)))
+            yield from map(collate, cut(plan.rows, int(fixed or self.batch_size), most))
             return
         parts = max(1, int(self.batch_schedule))
         size = -(-len(plan.rows) // parts)
@@ -243,7 +244,7 @@ class SpadeLM(HFLM):
             rows = plan.rows[part * size : (part + 1) * size]
             if rows:
                 self.batch_sizes[part] = self._probe_batch_size(rows)
-                yield from map(collate, cut(rows, self.batch_sizes[part]))
+                yield from map(collate, cut(rows, self.batch_sizes[part], most))
 
     def _probe_batch_size(self, rows: Sequence[scoring.Row]) -> int:
         """The largest size at which the largest batch fits into memory.
