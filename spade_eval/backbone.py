@@ -130,6 +130,12 @@ class Backbone:
             )
         return Lane(probes[0].states, 0, calls)
 
+    def additive_mask(self, sees: Tensor) -> Tensor:
+        """Turn (B, T, T), true where token t sees token s, into an additive (B, 1, T, T) mask."""
+        dtype = self.model.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(~sees.to(self.device), torch.finfo(dtype).min)[:, None]
+
     def advance(self, lane: Lane, to: int) -> Lane:
         """Run the lane, in place, through the layers up to and including layer `to`."""
         for layer in range(lane.depth, to):

@@ -164,16 +164,9 @@ def _packs(backbone: Backbone) -> bool:
     sees[4:, 2:4] = False  # the second branch does not see the first
     try:
         theirs = backbone.hidden_states(rows)[-1][:, 2:].flatten(0, 1)  # (4, d)
-        lane = backbone.embed(packed, positions, additive_mask(sees[None], backbone))
+        lane = backbone.embed(packed, positions, backbone.additive_mask(sees[None]))
         ours = backbone.advance(lane, backbone.n_layers).h[0, 2:]
         return distance(ours, theirs) <= tolerance(theirs)
     except Exception as err:  # a model may refuse a 4D mask in any way it likes
         log.info("%s: rows cannot be packed (%s: %s)", backbone.name, type(err).__name__, err)
         return False
-
-
-def additive_mask(sees: Tensor, backbone: Backbone) -> Tensor:
-    """Turn (B, T, T), true where token t sees token s, into an additive (B, 1, T, T) mask."""
-    dtype = backbone.model.dtype
-    mask = torch.zeros(sees.shape, dtype=dtype, device=backbone.device)
-    return mask.masked_fill_(~sees.to(backbone.device), torch.finfo(dtype).min)[:, None]

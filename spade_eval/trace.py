@@ -1,7 +1,7 @@
 """Run a batch of rows through the layers and read the scored positions.
 
-    Batch -> main lane, layers 1..l -> states at the scored positions (P, d) -> decoder ->
-    log-probabilities (N,)
+    Batch -> main lane, layers 1..l -> states at the scored positions (P, d)
+          -> decoder (P, d) -> head, log-softmax, gather -> log-probabilities (N,)
 
 Only scored positions reach a decoder and the head, and the main lane stops at layer l.
 """
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spade_eval.checks import additive_mask
 from spade_eval.decoders import Decoder, States
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def states_at(backbone: Backbone, batch: Batch, layer: int) -> States:
     positions = mask = None
     if batch.positions is not None and batch.sees is not None:
         positions = torch.from_numpy(batch.positions).to(device)
-        mask = additive_mask(torch.from_numpy(batch.sees), backbone)
+        mask = backbone.additive_mask(torch.from_numpy(batch.sees))
     lane = backbone.embed(torch.from_numpy(batch.ids).to(device), positions, mask)
     h = backbone.advance(lane, layer).h.flatten(0, 1)  # (B * T, d)
     return States(
