@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ({"layer": 1.5}, r"layer=1\.5 is not a whole number"),
         ({"layer": "last"}, r"layer='last' is not a whole number"),
         ({"layer": True}, r"layer=True is not a whole number"),
+        ({"layr": 2}, r"layer is missing.*'layr' was given. Did you mean 'layer'"),
         ({}, r"layer is missing: give layer=N"),
         ({"layer": 1, "positions": "kep"}, r"positions='kep' is not known; valid: reset, keep. Did you mean 'keep'"),
         ({"layer": 1, "start": "no"}, r"start='no' is not known; valid: keep, none"),

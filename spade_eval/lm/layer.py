@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spade_eval.decoders import Decoder, LogitLens, Positions, Spade, Start
-from spade_eval.errors import UserError
+from spade_eval.errors import UserError, did_you_mean
 from spade_eval.lm import arguments
 from spade_eval.lm.base import SpadeLM, log
 from spade_eval.trace import Answers, score
@@ -29,7 +29,10 @@ class FixedLayerLM(SpadeLM):
 
     def __init__(self, decoder: Decoder, layer: int | None, **kwargs: Any):
         if layer is None:
-            raise UserError("layer is missing: give layer=N (0 is the embedding, -1 the last).")
+            hints = [f" {n!r} was given.{h}" for n in kwargs if (h := did_you_mean(n, ["layer"]))]
+            raise UserError(
+                "layer is missing: give layer=N (0 is the embedding, -1 the last)." + "".join(hints)
+            )
         self.decoder, self.layer = decoder, arguments.layer(layer)
         super().__init__(**kwargs)
         self.layer = arguments.layer(layer, self.backbone.n_layers)
