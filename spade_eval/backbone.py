@@ -76,7 +76,6 @@ class Backbone:
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache_name = next((n for n in ("cache", "past_key_values") if n in parameters), None)
-        self._tuple_size = 0
         self.n_layers = len(self._layers)
 
         if model.training:
@@ -88,6 +87,7 @@ class Backbone:
         self.width, self.vocab_size, self._tuple_size = checks.measure(self)
         self.starts = StartStore(self._compute_starts)
         self.positions_inert, self.packs = checks.run(self)
+        self.starts.clear()  # those of the checks: scoring may run under autocast, in another dtype
         # Attention takes 4 * d operations per token and key. Under a mask it runs at about a third
         # of the speed of matrix products (measured on CPU).
         self.crossover = checks.operations(self) / (12 * self.width)
@@ -145,8 +145,7 @@ class Backbone:
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
         """All states h^0..h^L, L + 1 tensors (B, T, d); h^L is taken before the final norm."""
-        lane = self.embed(ids)
-        return [lane.h] + [self.advance(lane, layer).h for layer in range(1, self.n_layers + 1)]
+        return self._climb(self.embed(ids))
 
     def logits(self, h: Tensor) -> Tensor:
         """The model's own final norm, head, soft-cap and scaling: head(norm(h)).
@@ -222,11 +221,12 @@ class Backbone:
             starts = None if start_ids is None else self.start_states(start_ids[rows])
             # The mask must be explicit: position ids [0, n] without one mean two packed sequences
             # to transformers, and the token would not see its start.
-            mask = torch.ones(len(rows), 1 if starts is None else 2, dtype=torch.long)
+            keys = 1 if starts is None else 2
+            mask = torch.ones(len(rows), keys, dtype=torch.long, device=token_ids.device)
             lane = self.embed(
                 token_ids[rows, None],  # (P, 1)
                 position_ids=positions[rows, None],
-                attention_mask=mask.to(token_ids.device),
+                attention_mask=mask,
                 cache=None if starts is None else starts.cache(),
             )
             lane.h, lane.depth = h[rows, None].to(lane.h.device), layer  # (P, 1, d)
@@ -254,10 +254,12 @@ class Backbone:
         mask = torch.ones(len(ids), 1, dtype=torch.long, device=ids.device)
         zeros = torch.zeros_like(ids)[:, None]
         lane = self.embed(ids[:, None], position_ids=zeros, attention_mask=mask, cache=cache)
-        states = [lane.h[:, 0]]
-        for layer in range(1, self.n_layers + 1):
-            states.append(self.advance(lane, layer).h[:, 0].to(states[0].device))
+        states = [h[:, 0].to(ids.device) for h in self._climb(lane)]
         return torch.stack(states, 1), cache
+
+    def _climb(self, lane: Lane) -> list[Tensor]:
+        """The states of a lane at depth 0 there and after each layer."""
+        return [lane.h] + [self.advance(lane, layer).h for layer in range(1, self.n_layers + 1)]
 
     def _hollow(self, output: Tensor | None = None) -> AbstractContextManager[list[Probe]]:
         return hollow(self._owner, self._attribute, self._layers, self._tuple_size, output)

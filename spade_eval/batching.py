@@ -1,6 +1,6 @@
 """From rows to batches: which rows run together, and their arrays.
 
-rows, longest first -> batches -> collate: padded arrays, and a mask if the rows are packed
+rows, longest first -> cut: groups of rows -> collate: padded arrays, a mask if packed
 """
 
 from __future__ import annotations

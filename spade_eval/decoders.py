@@ -68,8 +68,6 @@ class Decoder(Protocol):
 class LogitLens:
     """The states as they are: head(norm(h^l))."""
 
-    name: str = "logit_lens"
-
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Return the states themselves."""
         return states.h
@@ -80,7 +78,7 @@ class LogitLens:
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""
-        return {"decoder": self.name}
+        return {"decoder": "logit_lens"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ class Spade:
     Attributes:
         positions: "reset" gives the pair the positions [0, 1], "keep" gives it [0, i].
         start: "keep" sends the pair, "none" the answer token alone.
-        name: The decoder's name in results.
 
     Raises:
         UserError: An unknown setting.
@@ -101,7 +98,6 @@ class Spade:
 
     positions: Positions = "reset"
     start: Start = "keep"
-    name: str = "spade"
 
     def __post_init__(self) -> None:
         for setting, value, valid in (
@@ -113,8 +109,6 @@ class Spade:
                     f"{setting}={value!r} is not known; valid: {', '.join(valid)}."
                     + did_you_mean(str(value), valid)
                 )
-        if self.start == "none":
-            object.__setattr__(self, "name", "spade_nos")
 
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Send the answer tokens through the remaining layers (eq. 6)."""
@@ -148,7 +142,8 @@ class Spade:
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""
-        return {"decoder": self.name, "positions": self.positions, "start": self.start}
+        name = "spade" if self.start == "keep" else "spade_nos"
+        return {"decoder": name, "positions": self.positions, "start": self.start}
 
 
 def logit_lens(backbone: Backbone, h: Tensor) -> Tensor:

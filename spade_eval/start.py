@@ -19,9 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CAPACITY = (
-    512  # start tokens kept; one costs 0.1 MB for a 135M model in fp32, 0.8 MB for 7B in bf16
-)
+CAPACITY = 512  # start tokens kept; one takes 0.1 MB for 135M in fp32, 0.8 MB for 7B in bf16
 
 
 class _StartLayer(CacheLayerMixin):

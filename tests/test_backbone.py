@@ -147,3 +147,8 @@ def test_an_adapter_on_the_embedding_is_part_of_the_model() -> None:
     backbone, ids = Backbone(adapted), random_ids(1, 5)
     ours = backbone.logits(backbone.hidden_states(ids)[-1][0])
     torch.testing.assert_close(ours, adapted(ids, use_cache=False).logits[0])
+
+
+def test_start_states_of_the_checks_do_not_stay() -> None:
+    """The checks run outside autocast, scoring perhaps inside: their states have another dtype."""
+    assert len(Backbone(tiny("llama", seed=17)).starts) == 0

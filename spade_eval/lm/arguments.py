@@ -18,8 +18,7 @@ from spade_eval.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# What `from_pretrained` documents beyond HFLM's own arguments; a config's attributes are accepted
-# too.
+# What `from_pretrained` takes beyond HFLM's own arguments; a config's entries are accepted too.
 FROM_PRETRAINED = frozenset(
     """
     adapter_kwargs adapter_name allow_all_kernels attn_implementation cache_dir code_revision config

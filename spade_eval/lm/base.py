@@ -155,7 +155,7 @@ class SpadeLM(HFLM):
                     max_seq_len=self.max_length,
                     context_len=1,
                 )
-                pairs = [(None, *make_disjoint_window(window)) for window in rolling]
+                pairs = [(None, *make_disjoint_window(pair)) for pair in rolling]
                 windows.extend(pairs)
                 owners.extend([index] * len(pairs))
             totals = np.zeros(len(requests))
