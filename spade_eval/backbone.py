@@ -191,19 +191,19 @@ class Backbone:
     def tail(
         self,
         h: Tensor,
-        layer: int,
+        layer: int | Tensor,
         token_ids: Tensor,
         positions: Tensor,
         start_ids: Tensor | None,
     ) -> Tensor:
-        """Send the pairs [start, token] through layers `layer` + 1..L and read the token (eq. 6).
+        """Send the pairs [start, token] through their remaining layers and read the token (eq. 6).
 
         The start token's keys and values come from the store, so one token per pair is computed,
-        not two.
+        not two. Pairs of different layers join on the way up: each layer runs once for all of them.
 
         Args:
             h: States of the answer tokens after `layer`, (P, d).
-            layer: l, from 0 to L.
+            layer: l, from 0 to L; one for all, or one for each, (P,), on the CPU.
             token_ids: The answer tokens, (P,).
             positions: Position ids of the answer tokens, (P,); the start token stands at 0.
             start_ids: The start token of each pair, (P,); None sends every token on alone
@@ -212,26 +212,48 @@ class Backbone:
         Returns:
             (P, d): the answer tokens' states after layer L, before the final norm.
         """
-        if not 0 <= layer <= self.n_layers:
+        layers = torch.as_tensor(layer).expand(len(h))
+        if len(h) and not 0 <= int(layers.min()) <= int(layers.max()) <= self.n_layers:
             raise UserError(f"layer={layer} is out of range: {self.name} has 0..{self.n_layers}.")
-        if layer == self.n_layers or not len(h):
-            return h
-        parts = []
-        for rows in torch.arange(len(h), device=h.device).split(TAIL_ROWS):
-            starts = None if start_ids is None else self.start_states(start_ids[rows])
+        out = h.clone()
+        lower = torch.nonzero(layers < self.n_layers)[:, 0]  # the others are there already
+        if not len(lower):
+            return out
+        for rows in lower[layers[lower].argsort(stable=True)].split(TAIL_ROWS):
+            at = rows.to(h.device)
+            starts = None if start_ids is None else start_ids[at]
+            out[at] = self._tail(h[at], layers[rows], token_ids[at], positions[at], starts)
+        return out
+
+    def _tail(
+        self,
+        h: Tensor,
+        layers: Tensor,
+        token_ids: Tensor,
+        positions: Tensor,
+        start_ids: Tensor | None,
+    ) -> Tensor:
+        """`tail` for pairs in ascending order of their layers."""
+        depths, counts = layers.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        above = [*depths.tolist()[1:], self.n_layers]
+        running = h[:0, None]  # (0, 1, d)
+        for depth, end, to in zip(depths.tolist(), ends, above, strict=True):
+            starts = None if start_ids is None else self.start_states(start_ids[:end])
             # The mask must be explicit: position ids [0, n] without one mean two packed sequences
             # to transformers, and the token would not see its start.
             keys = 1 if starts is None else 2
-            mask = torch.ones(len(rows), keys, dtype=torch.long, device=token_ids.device)
             lane = self.embed(
-                token_ids[rows, None],  # (P, 1)
-                position_ids=positions[rows, None],
-                attention_mask=mask,
+                token_ids[:end, None],  # (P, 1)
+                position_ids=positions[:end, None],
+                attention_mask=torch.ones(end, keys, dtype=torch.long, device=token_ids.device),
                 cache=None if starts is None else starts.cache(),
             )
-            lane.h, lane.depth = h[rows, None].to(lane.h.device), layer  # (P, 1, d)
-            parts.append(self.advance(lane, self.n_layers).h[:, 0].to(h.device))
-        return torch.cat(parts)  # (P, d)
+            joining = h[len(running) : end, None]  # (P, 1, d)
+            lane.h = torch.cat([running, joining.to(running.device)]).to(lane.h.device)
+            lane.depth = depth
+            running = self.advance(lane, to).h
+        return running[:, 0].to(h.device)  # (P, d)
 
     # ------------------------------------------------------------------ inside
 

@@ -147,6 +147,13 @@ def _is_bad_input(err: Exception) -> bool:
     return module.startswith(_INPUT_CHECKS)
 
 
+def _fit(argv: list[str]) -> int:
+    """Fit a lens."""
+    from spade_eval.fit.command import main as fit_main
+
+    return fit_main(argv, tasks_path())
+
+
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
@@ -160,6 +167,7 @@ def _tasks_path(argv: list[str]) -> int:
 
 _COMMANDS = {
     "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
+    "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
     "tasks-path": _Command(
         "print the folder of our task files, for lm_eval --include_path", _tasks_path
     ),

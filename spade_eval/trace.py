@@ -18,6 +18,8 @@ from torch import Tensor
 from spade_eval.decoders import Decoder, States
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Batch
 
@@ -35,22 +37,25 @@ class Answers:
     greedy: list[bool]
 
 
-def states_at(backbone: Backbone, batch: Batch, layer: int) -> States:
-    """Run the main lane to `layer` and keep the scored positions."""
+def climb(backbone: Backbone, batch: Batch, layers: Sequence[int]) -> Iterator[States]:
+    """Run the main lane upwards and stop at each of `layers`, ascending, for the scored positions.
+
+    The lane runs only as far as the caller asks for states.
+    """
     device = backbone.device
     positions = mask = None
     if batch.positions is not None and batch.sees is not None:
         positions = torch.from_numpy(batch.positions).to(device)
         mask = backbone.additive_mask(torch.from_numpy(batch.sees))
     lane = backbone.embed(torch.from_numpy(batch.ids).to(device), positions, mask)
-    h = backbone.advance(lane, layer).h.flatten(0, 1)  # (B * T, d)
-    return States(
-        h=h[torch.from_numpy(batch.scored).to(h.device)].to(device),  # (P, d)
-        layer=layer,
-        token_ids=torch.from_numpy(batch.token_ids).to(device),
-        start_ids=torch.from_numpy(batch.start_ids).to(device),
-        positions=torch.from_numpy(batch.scored_positions).to(device),
-    )
+    scored = torch.from_numpy(batch.scored)
+    token_ids = torch.from_numpy(batch.token_ids).to(device)
+    start_ids = torch.from_numpy(batch.start_ids).to(device)
+    scored_positions = torch.from_numpy(batch.scored_positions).to(device)
+    for layer in layers:
+        h = backbone.advance(lane, layer).h.flatten(0, 1)  # (B * T, d)
+        h = h[scored.to(h.device)].to(device)  # (P, d)
+        yield States(h, layer, token_ids, start_ids, scored_positions)
 
 
 def score(
@@ -61,7 +66,7 @@ def score(
     softmax_dtype: torch.dtype = torch.float32,
 ) -> Answers:
     """Score a batch with a decoder at a fixed layer."""
-    states = states_at(backbone, batch, layer)
+    states = next(climb(backbone, batch, [layer]))
     return read(backbone, decoder.align(backbone, states), batch, softmax_dtype)
 
 

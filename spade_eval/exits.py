@@ -1,0 +1,320 @@
+"""When to exit: confidence measures, the rule that compares them with T, the candidate layers.
+
+    logits of P positions at a candidate layer (P, V) -> measure (P,) -> confident (P,) bool
+
+| confidence | measure | exits if |
+|---|---|---|
+| entropy (arXiv 2507.17618, eq. 9) | H = -sum_v p_v ln p_v, in nats | <= T |
+| choice_entropy | the same over the context's own answer choices | <= T |
+| top2_margin | the largest probability less the second largest | >= T |
+| max_prob | the largest probability | >= T |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from spade_eval.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+Name = Literal["entropy", "choice_entropy", "top2_margin", "max_prob"]
+Scope = Literal["context", "token", "request"]
+Readout = Literal["spade", "lens"]
+
+# Logits per block on a CPU. Temporaries of a few MB stay near the core and are used again, where
+# larger ones come from the system each time. Still smaller blocks are faster on an idle machine,
+# but their threads meet more often, which takes many times as long where cores are shared.
+CPU_BLOCK = 1_000_000
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats (eq. 9), in fp32.
+
+    Args:
+        logits: (P, V) in any floating type; -inf is a probability of 0. A row with NaN, or without
+            any finite logit, has the entropy NaN, which is confident at no threshold.
+
+    Returns:
+        H, (P,), from 0 to ln V.
+    """
+    return _by_blocks(_entropy, logits)
+
+
+def choice_entropy(logits: Tensor, exists: Tensor) -> Tensor:
+    """Entropy in nats over a context's own answer choices, in fp32.
+
+    Args:
+        logits: At the first tokens of the choices, (P, C), each distinct token once.
+        exists: Which of them the context has, (P, C) bool.
+
+    Returns:
+        H, (P,), from 0 (a single choice) to ln C; NaN where there is no choice.
+    """
+    return entropy(logits.masked_fill(~exists, -torch.inf))
+
+
+def top2_margin(logits: Tensor) -> Tensor:
+    """The largest probability less the second largest, (P, V) to (P,), in fp32."""
+    return _by_blocks(_top2_margin, logits)
+
+
+def max_prob(logits: Tensor) -> Tensor:
+    """The largest probability, (P, V) to (P,), in fp32."""
+    return _by_blocks(_max_prob, logits)
+
+
+def _by_blocks(measure: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Apply `measure` to a few rows at a time on a CPU, to all of them at once elsewhere."""
+    if logits.device.type != "cpu":
+        return measure(logits)
+    rows = max(1, CPU_BLOCK // logits.shape[-1])
+    return torch.cat([measure(block) for block in logits.split(rows)])
+
+
+def _shifted(logits: Tensor) -> Tensor:
+    """A new tensor of fp32 logits whose largest is 0 in each row."""
+    # Subtracting fp32 from a half-precision tensor converts and shifts in a single pass.
+    return (logits - logits.amax(-1, keepdim=True).float()).float()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    # With z shifted and n = sum e^z: H = ln n - sum(e^z z) / n. Neither ln n nor -z is negative, so
+    # nothing cancels. The clamp turns 0 * -inf, which is NaN, into 0.
+    z = _shifted(logits).clamp_(min=torch.finfo(torch.float32).min)
+    e = z.exp()
+    n = e.sum(-1)
+    return n.log() - e.mul_(z).sum(-1) / n
+
+
+def _max_prob(logits: Tensor) -> Tensor:
+    return _shifted(logits).exp_().sum(-1).reciprocal()
+
+
+def _top2_margin(logits: Tensor) -> Tensor:
+    first, second = logits.topk(2, -1).values.float().unbind(-1)
+    return -torch.expm1(second - first) * _max_prob(logits)
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """One way to tell whether a distribution may be trusted.
+
+    Attributes:
+        measure: From logits (P, V) to values (P,) in fp32; `choice_entropy` takes its mask too.
+        low: Whether low values are the confident ones.
+        most: The values lie in [0, most].
+    """
+
+    measure: Callable[..., Tensor]
+    low: bool
+    most: float
+
+
+CONFIDENCES: dict[Name, Confidence] = {
+    "entropy": Confidence(entropy, low=True, most=math.inf),
+    "choice_entropy": Confidence(choice_entropy, low=True, most=math.inf),
+    "top2_margin": Confidence(top2_margin, low=False, most=1.0),
+    "max_prob": Confidence(max_prob, low=False, most=1.0),
+}
+
+
+def never(confidence: Name, threshold: float) -> bool:
+    """Whether no value can meet the threshold, so that no check needs to be evaluated."""
+    _refuse_nan(threshold)
+    kind = CONFIDENCES[confidence]
+    return threshold < 0 if kind.low else threshold > kind.most
+
+
+def confident(values: Tensor, threshold: float, confidence: Name) -> Tensor:
+    """The exit rule: H <= T for entropies (Algorithm 1), >= T for probabilities.
+
+    Args:
+        values: What `confidence` measured, (P,).
+        threshold: T; the comparison is made in the type of `values`.
+        confidence: Says which direction is the confident one.
+
+    Returns:
+        Which positions exit, (P,) bool; NaN never does.
+    """
+    _refuse_nan(threshold)
+    return values <= threshold if CONFIDENCES[confidence].low else values >= threshold
+
+
+def request_mean(values: Tensor, members: Tensor, n: int) -> Tensor:
+    """Mean confidence of each request, for exit_scope=request.
+
+    Args:
+        values: Confidence of each position, (P,).
+        members: The request that each position belongs to, from 0 to n - 1, (P,) int64.
+        n: How many requests there are.
+
+    Returns:
+        Means (n,); NaN, which is never confident, for a request without positions.
+    """
+    means = values.new_full((n,), torch.nan)
+    return means.scatter_reduce(0, members, values, "mean", include_self=False)
+
+
+def candidates(
+    n_layers: int,
+    interval: int = 2,
+    min_layer: int | None = None,
+    maps: Collection[int] | None = None,
+) -> tuple[int, ...]:
+    """The layers at which an exit is considered: multiples of `interval` from `min_layer` up.
+
+    Args:
+        n_layers: L; candidates lie strictly between 0 and L.
+        interval: From 1 up.
+        min_layer: From 0 to L; None is ceil(L / 2).
+        maps: Layers at which the lens has a map; None is every layer.
+
+    Returns:
+        The candidates, ascending, at least one.
+
+    Raises:
+        UserError: A value out of range, or no candidate left.
+    """
+    interval = _whole("interval", interval, 1)
+    if n_layers < 2:
+        raise UserError(f"A model of {n_layers} layer has no layer to exit from before its last.")
+    if interval >= n_layers:
+        raise UserError(
+            f"interval={interval} is too large: this model has {n_layers} layers, and exits lie "
+            f"before the last. Give a whole number from 1 to {n_layers - 1}."
+        )
+    grid = range(interval, n_layers, interval)
+    least = (n_layers + 1) // 2 if min_layer is None else _whole("min_layer", min_layer, 0)
+    if least > grid[-1]:
+        raise UserError(
+            f"min_layer={least} lies beyond the last candidate: this model has {n_layers} layers, "
+            f"and with interval={interval} the last exit is at layer {grid[-1]}. Give a whole "
+            f"number from 0 to {grid[-1]}."
+        )
+    asked = [layer for layer in grid if layer >= least]
+    found = tuple(layer for layer in asked if maps is None or layer in maps)
+    if maps is not None and not found:
+        usable = sorted(layer for layer in maps if 0 < layer < n_layers)
+        also = f", or interval=1,min_layer={usable[0]} to use those it has" if usable else ""
+        raise UserError(
+            f"The lens has no map at a layer where an exit may happen. Its maps: "
+            f"{_listed(sorted(maps))}; asked with interval={interval},min_layer={least}: "
+            f"{_listed(asked)}. Give a lens with maps there{also}."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """The settings of SPADE-EXIT that need no model.
+
+    Attributes:
+        threshold: T: nats for entropies, a probability otherwise. "inf" and "-inf" become numbers.
+        confidence: What is compared with T.
+        interval: Candidate layers are its multiples.
+        min_layer: The first layer that may be one; None is ceil(L / 2).
+        scope: What decides together: all continuations of a context, each token, each request.
+        readout: What answers after an exit: the two-token tail, or the lens of the check itself.
+
+    Raises:
+        UserError: A value that is not valid for any model.
+    """
+
+    threshold: float
+    confidence: Name = "entropy"
+    interval: int = 2
+    min_layer: int | None = None
+    scope: Scope = "context"
+    readout: Readout = "spade"
+
+    def __post_init__(self) -> None:
+        for argument, value, valid in (
+            ("confidence", self.confidence, get_args(Name)),
+            ("exit_scope", self.scope, get_args(Scope)),
+            ("readout", self.readout, get_args(Readout)),
+        ):
+            if value not in valid:
+                raise UserError(
+                    f"{argument}={value!r} is not known; valid: {', '.join(valid)}."
+                    + did_you_mean(str(value), valid)
+                )
+        # lm-eval's command line may give 2 as 2.0 and inf as a string; from here on they are what
+        # the annotations say.
+        object.__setattr__(self, "threshold", _threshold(self.threshold, self.confidence))
+        object.__setattr__(self, "interval", _whole("interval", self.interval, 1))
+        if self.min_layer is not None:
+            object.__setattr__(self, "min_layer", _whole("min_layer", self.min_layer, 0))
+
+    @property
+    def never(self) -> bool:
+        """Whether no value can meet the threshold."""
+        return never(self.confidence, self.threshold)
+
+    def measure(self, logits: Tensor, exists: Tensor | None = None) -> Tensor:
+        """Values (P,) of logits (P, V); `choice_entropy` takes (P, C) and which choices exist."""
+        measure = CONFIDENCES[self.confidence].measure
+        return measure(logits) if exists is None else measure(logits, exists)
+
+    def confident(self, values: Tensor) -> Tensor:
+        """Which of the values (P,) let their positions exit, (P,) bool."""
+        return confident(values, self.threshold, self.confidence)
+
+    def candidates(self, n_layers: int, maps: Collection[int] | None = None) -> tuple[int, ...]:
+        """The candidate layers in a model of `n_layers`; see the function of this name."""
+        return candidates(n_layers, self.interval, self.min_layer, maps)
+
+    def describe(self) -> dict[str, object]:
+        """Settings under the names of the arguments, as they go to the results file."""
+        # JSON has no infinity: it goes there as the string that the argument takes.
+        threshold = self.threshold if math.isfinite(self.threshold) else str(self.threshold)
+        return {
+            "threshold": threshold,
+            "confidence": self.confidence,
+            "interval": self.interval,
+            "min_layer": self.min_layer,
+            "exit_scope": self.scope,
+            "readout": self.readout,
+        }
+
+
+def _listed(layers: Collection[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
+
+
+def _refuse_nan(threshold: float) -> None:
+    if math.isnan(threshold):
+        raise UserError("threshold=nan: every comparison with it is false. Give a number.")
+
+
+def _threshold(value: object, confidence: Name) -> float:
+    """Check a threshold that a user gave."""
+    meaning = (
+        "the entropy in nats at or below which an answer exits, such as 1.2 (-1: never)"
+        if CONFIDENCES[confidence].low
+        else "the probability at or above which an answer exits, such as 0.9 (2: never)"
+    )
+    if value is None:
+        raise UserError(f"threshold is missing. Give {meaning}.")
+    if value in ("inf", "-inf", "nan"):
+        value = float(str(value))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"threshold={value!r} is not a number. Give {meaning}.")
+    _refuse_nan(float(value))
+    return float(value)
+
+
+def _whole(argument: str, value: object, least: int) -> int:
+    """Check a whole number that a user gave."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UserError(f"{argument}={value!r}: give a whole number from {least} up.")
+    return int(value)

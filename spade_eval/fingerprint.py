@@ -1,0 +1,115 @@
+"""What a model's answers are read with, as a short hash: final norm and head, and adapters.
+
+A lens carries states into the space that the final norm and the head read, so it belongs to them.
+The hash goes by the tensors, not by their names: it is the same with and without a PEFT wrapper,
+and for one checkpoint loaded in several precisions. For that it has two halves, of the values
+rounded to bf16 and to fp16. A checkpoint loaded in fp32 agrees with itself loaded in bf16 in the
+first half, and with itself loaded in fp16 in the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import align_module_device
+
+from spade_eval.errors import UnsupportedModelError
+from spade_eval.hollow import find_layers, unwrap_peft
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+VALUES = 65_536  # read of each tensor: a head of 10^8 numbers is hashed in milliseconds
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash the final norm and the head, found by structure.
+
+    They are the output embedding, and whatever the decoder holds besides its layers and its input
+    embedding: the final norm, and in some families learned positions or projections. Adapters are
+    left out (`adapter_fingerprint` hashes them). Weights that accelerate has offloaded are loaded
+    for it.
+
+    Args:
+        model: A causal language model, or a PEFT model around one.
+
+    Returns:
+        "bf16hash-fp16hash", to be compared with `same`.
+
+    Raises:
+        UnsupportedModelError: The model has no output embedding, or weights without values.
+    """
+    name = type(unwrap_peft(model)).__name__
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{name} has no output embedding to read a lens with.")
+    *_, layers = find_layers(model, name)
+    skip = {id(layers), id(model.get_input_embeddings())}
+    tensors = (*_parameters(head, set()), *_parameters(model.get_decoder(), skip))
+    if any(tensor.is_meta for tensor in tensors):
+        raise UnsupportedModelError(
+            f"{name}: its final norm or head is on the meta device, without values. Load the "
+            "weights before using a lens."
+        )
+    return _digest(("", tensor) for tensor in tensors)
+
+
+def adapter_fingerprint(model: PreTrainedModel) -> str | None:
+    """Hash the weights of the active PEFT adapters; None if there are none."""
+    if not getattr(model, "peft_config", None):
+        return None
+    from peft import get_peft_model_state_dict
+
+    active = model.active_adapters  # a property of PEFT's models, a method of transformers'
+    tensors: list[tuple[str, Tensor]] = []
+    for adapter in active() if callable(active) else active:
+        # Without False, PEFT may add base embeddings, and asks the Hub whether it should.
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        tensors += sorted(state.items())
+    return _digest(tensors)
+
+
+def same(a: str, b: str) -> bool:
+    """Whether two hashes can be of one checkpoint: one of their halves is equal.
+
+    A checkpoint stored in fp32 and loaded once in bf16 and once in fp16 agrees in neither.
+    """
+    return any(x == y for x, y in zip(a.split("-"), b.split("-"), strict=False))
+
+
+def _parameters(module: nn.Module, skip: set[int]) -> Iterator[Tensor]:
+    """The module's parameters in the order of the modules, without adapters.
+
+    Args:
+        module: Where to begin.
+        skip: The `id` of modules to leave out.
+    """
+    if id(module) in skip:
+        return
+    for inner in ("original_module", "base_layer"):  # what PEFT's two kinds of wrappers wrap
+        while (wrapped := getattr(module, inner, None)) is not None:
+            module = wrapped
+    with align_module_device(module):
+        # The context drops what it has loaded; the detached tensors keep the values.
+        yield from (p.detach() for p in module.parameters(recurse=False))
+    for child in module.children():
+        yield from _parameters(child, skip)
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, shapes and evenly spaced values of the tensors, in both halves."""
+    halves = [hashlib.sha256() for _ in _HALVES]
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
+        # An odd step shares no factor of two with the widths of models: it reaches all columns.
+        some = flat[:: -(-len(flat) // VALUES) | 1].cpu()
+        for half, dtype in zip(halves, _HALVES, strict=True):
+            half.update(f"{name}{tuple(tensor.shape)}".encode())
+            half.update(some.to(dtype).view(torch.int16).numpy().tobytes())
+    return "-".join(half.hexdigest()[:16] for half in halves)

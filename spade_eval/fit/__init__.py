@@ -1,0 +1,1 @@
+"""Linear maps between layers, and what they are trained on."""

@@ -1,0 +1,274 @@
+"""Train one map: from the ridge solution down the cross-entropy, epoch by epoch.
+
+    whiten -> epoch 0: ridge -> Adam on eq. 8 -> ... -> the epoch that is best on held-out documents
+
+Every epoch ends in a `Progress` that can be saved. The order of positions and the learning rate
+depend on the recipe, the layer and the epoch alone, so a run that goes on from a file does, bit for
+bit, what it would have done without the stop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spade_eval.errors import UserError
+from spade_eval.fit.maps import Affine, Pairs, measure, soft_cross_entropy, whiten
+from spade_eval.lens import low_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from spade_eval.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How maps are trained.
+
+    Attributes:
+        epochs: Passes over the training positions, at most.
+        batch: Positions per step.
+        learning_rate: Adam's highest, in units of the teacher states' root mean square per unit of
+            whitened input; it rises over the first tenth of the steps and falls to zero.
+        ridge: Penalty of the closed form, a share of each input's variance.
+        rank: Rank of A, None for a full matrix.
+        seed: Of the order of positions.
+        bf16: Whether the head's products are in bfloat16 while training.
+    """
+
+    epochs: int = 4
+    batch: int = 512
+    learning_rate: float = 4e-4
+    ridge: float = 1e-2
+    rank: int | None = None
+    seed: int = 0
+    bf16: bool = False
+
+
+@dataclass
+class Progress:
+    """Where the training of one map stands.
+
+    Attributes:
+        losses: Held-out cross-entropy in nats per position: at the start, and after each epoch.
+        ridge: That of the ridge solution.
+        best: The map with the lowest of `losses`.
+        finished: Whether training has ended.
+        stopped: Where a loss was not finite; None if all were.
+        seconds: Time spent.
+        metrics: What `spade_eval.fit.maps.measure` found at the end.
+        tensors: Parameters and Adam's moments, in order.
+    """
+
+    losses: list[float]
+    ridge: float
+    best: Affine
+    finished: bool = False
+    stopped: str | None = None
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    tensors: list[Tensor] = field(default_factory=list, repr=False)
+
+    def save(self, path: Path) -> None:
+        """Write all of it to one file, which appears whole or not at all."""
+        parts = [self.best.weight] if isinstance(self.best.weight, Tensor) else [*self.best.weight]
+        tensors = {f"best.{i}": t for i, t in enumerate([*parts, self.best.bias])}
+        tensors |= {f"state.{i}": t for i, t in enumerate(self.tensors)}
+        about = {
+            "losses": self.losses,
+            "ridge": self.ridge,
+            "finished": self.finished,
+            "stopped": self.stopped,
+            "seconds": self.seconds,
+            "metrics": self.metrics,
+        }
+        part = path.with_suffix(".part")
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(plain, part, metadata={"progress": json.dumps(about)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Progress:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["progress"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as err:  # safetensors raises errors of its own making
+            raise UserError(
+                f"{path} is damaged ({err}): delete it, and --resume fits this layer again."
+            ) from err
+        best, state = (
+            [tensors[f"{kind}.{i}"] for i in range(sum(name.startswith(kind) for name in tensors))]
+            for kind in ("best", "state")
+        )
+        weight = best[0] if len(best) == 2 else (best[0], best[1])
+        return cls(best=Affine(weight, best[-1]), tensors=state, **about)
+
+
+class Descent:
+    """Trains the map of one layer.
+
+    Args:
+        backbone: The model whose norm and head read the map.
+        training: What to fit.
+        held_out: Decides which epoch is kept and when to stop.
+        recipe: How.
+        layer: The map's layer.
+    """
+
+    def __init__(
+        self, backbone: Backbone, training: Pairs, held_out: Pairs, recipe: Recipe, layer: int
+    ):
+        self.backbone, self.recipe, self.layer = backbone, recipe, layer
+        self.training, self.held_out = training, held_out
+        self.whitening = whiten(training, recipe.ridge)
+        weight = self.whitening.weight.float()
+        parts = (weight,) if recipe.rank is None else low_rank(weight, recipe.rank)
+        self.parameters = [
+            p.contiguous().requires_grad_() for p in (*parts, self.whitening.bias.float())
+        ]
+        self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.99))
+
+    @property
+    def map(self) -> Affine:
+        """The map as it now is, of plain inputs."""
+        *parts, bias = self.parameters
+        return self.whitening.fold(parts[0] if len(parts) == 1 else (parts[0], parts[1]), bias)
+
+    def start(self) -> Progress:
+        """The ridge solution; the identity where that is better, since few positions fit nothing.
+
+        Raises:
+            UserError: The states are not finite.
+        """
+        ridge = self.map
+        losses = {"ridge": self._held_out_loss(ridge)}
+        zero = Affine(torch.zeros_like(self.whitening.weight.float()), torch.zeros_like(ridge.bias))
+        losses["identity"] = self._held_out_loss(zero)
+        if not all(map(math.isfinite, losses.values())):
+            bad = int((~torch.isfinite(self.training.h + self.training.t).all(-1)).sum())
+            raise UserError(
+                f"layer {self.layer}: the loss is not finite before any training ({losses}); "
+                f"{bad} of {len(self.training.h)} positions have states that are not. Load the "
+                "model in float32 or bfloat16 (dtype=...)."
+            )
+        if losses["identity"] < losses["ridge"]:
+            # Not all parts: the product of two zero factors has no gradient.
+            with torch.no_grad():
+                self.parameters[0].zero_()
+                self.parameters[-1].zero_()
+        progress = Progress([min(losses.values())], losses["ridge"], self.map)
+        return self._with_state(progress)
+
+    def epochs(self, progress: Progress) -> Iterator[Progress]:
+        """Go on behind `progress` until an epoch is no better than the best before it.
+
+        A loss that is not finite ends the training too, with the best map so far.
+        """
+        self._restore(progress)
+        while not progress.finished:
+            epoch = len(progress.losses)
+            stopped = self._epoch(epoch)
+            here = self.map
+            loss = self._held_out_loss(here) if stopped is None else math.inf
+            better = loss < min(progress.losses)
+            progress = self._with_state(
+                Progress(
+                    losses=[*progress.losses, loss],
+                    ridge=progress.ridge,
+                    best=here if better else progress.best,
+                    finished=not better or epoch >= self.recipe.epochs,
+                    stopped=stopped,
+                    seconds=progress.seconds,
+                )
+            )
+            yield progress
+
+    def _epoch(self, epoch: int) -> str | None:
+        """One pass over the training positions; says where it stopped if a loss is not finite."""
+        recipe, n = self.recipe, len(self.training.h)
+        generator = torch.Generator().manual_seed(
+            (recipe.seed * 1_000_003 + self.layer) * 1_000_003 + epoch
+        )
+        batches = torch.randperm(n, generator=generator).split(recipe.batch)
+        for step, batch in enumerate(batches):
+            self.optimizer.zero_grad()
+            loss = sum(self._backward(rows, len(batch)) for rows in batch.split(self._rows))
+            if not math.isfinite(loss):
+                return f"layer {self.layer}, epoch {epoch}, step {step}: loss {loss}"
+            done = ((epoch - 1) * len(batches) + step) / (recipe.epochs * len(batches))
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * one_cycle(done)
+            self.optimizer.step()
+        return None
+
+    def _backward(self, rows: Tensor, positions: int) -> float:
+        """Add the gradient of some rows' share of a batch's mean loss; return that share."""
+        device = self.training.h.device
+        h, t = self.training.h[rows].float(), self.training.t[rows]
+        w, dtype = self.whitening, self.backbone.model.dtype
+        x = linear(h - w.mean.float(), w.forward.float())
+        *parts, bias = self.parameters
+        for part in reversed(parts[1:]):
+            x = linear(x, part)
+        mapped = h + w.scale * linear(x, parts[0], bias)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            with torch.no_grad():
+                teacher = self.backbone.logits(t)
+            logits = self.backbone.logits(mapped.to(dtype))
+        with torch.no_grad():
+            loss, gradient = soft_cross_entropy(logits, teacher)
+        logits.backward((gradient / positions).to(logits.dtype))
+        return float(loss) / positions
+
+    @property
+    def _rows(self) -> int:
+        return self.backbone.logits_rows(torch.float32)
+
+    def _held_out_loss(self, map_: Affine) -> float:
+        return measure(self.backbone, map_, self.held_out)["ce"]
+
+    # ------------------------------------------------------------------ state
+
+    def _with_state(self, progress: Progress) -> Progress:
+        """Put copies of the parameters and of Adam's moments into `progress`."""
+        state = self.optimizer.state_dict()["state"]
+        moments = [state[i][name] for i in state for name in ("exp_avg", "exp_avg_sq", "step")]
+        progress.tensors = [t.detach().clone() for t in (*self.parameters, *moments)]
+        return progress
+
+    def _restore(self, progress: Progress) -> None:
+        n = len(self.parameters)
+        with torch.no_grad():
+            for p, value in zip(self.parameters, progress.tensors[:n], strict=True):
+                p.copy_(value)
+        moments = progress.tensors[n:]
+        state = {
+            i: dict(zip(("exp_avg", "exp_avg_sq", "step"), moments[3 * i : 3 * i + 3], strict=True))
+            for i in range(len(moments) // 3)
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def one_cycle(done: float) -> float:
+    """The learning rate, as a share of its highest, after a share `done` of all steps."""
+    rise = 0.1
+    if done < rise:
+        return (done + 0.01) / (rise + 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))

@@ -1,0 +1,270 @@
+"""Training documents: a task's prompts with their right answers, or the text of a file.
+
+    rows of tasks, texts of a file -> shuffled -> token ids -> documents, from each task in turn
+
+A task formats its own rows, by the methods that `lm_eval` scores it with. A row is formatted and
+tokenised when its turn comes: a few hundred documents of a large data set cost no more than that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.utils import maybe_delimit
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from spade_eval.errors import UserError, did_you_mean
+from spade_eval.scoring import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Sequence
+
+    from lm_eval.models.huggingface import HFLM
+
+log = logging.getLogger(__name__)
+
+TokenPair = tuple[list[int], list[int]]  # context, continuation
+
+SPLITS = {"train": "training", "validation": "validation", "test": "test"}  # ours: lm-eval's
+
+
+@dataclass(frozen=True)
+class Document(Request):
+    """A request whose continuation is the right one, from row `doc_id` of a task or file."""
+
+    task: str
+    doc_id: int
+
+
+def from_tasks(
+    lm: HFLM,
+    names: Sequence[str],
+    split: str = "train",
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    *,
+    seed: int = 0,
+    most: int | None = None,
+) -> list[Document]:
+    """Zero-shot prompts of lm-eval tasks, with their right answers.
+
+    Args:
+        lm: The model that will read them.
+        names: Tasks, groups, tags, wildcards or YAML files, as in `--tasks` of lm-eval.
+        split: "train", "validation" or "test".
+        include_path: Folders of further tasks.
+        seed: Decides about the order.
+        most: Number of documents, over all tasks; None takes all.
+
+    Returns:
+        Documents in shuffled order, from each task in turn until it has no more: the first n are
+        as balanced as the tasks allow, and the same ones whatever `most` is.
+
+    Raises:
+        UserError: An unknown task or split, data that cannot be loaded, no usable row.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split!r} is not known; valid: {', '.join(SPLITS)}.")
+    streams = []
+    for name, task in _load(names, include_path).items():
+        rows = _rows(name, task, split)
+        streams.append(_documents(name, rows, partial(_format, lm, task), seed))
+    return _take(streams, most)
+
+
+def from_text(lm: HFLM, path: Path, *, seed: int = 0, most: int | None = None) -> list[Document]:
+    """The texts of a file in shuffled order, in windows of at most `lm.max_length` tokens.
+
+    Args:
+        lm: The model that will read them.
+        path: `.jsonl` with a "text" on each line, or plain text with blank lines between texts.
+        seed: Decides about the order of the texts.
+        most: Number of windows; None takes all.
+
+    Raises:
+        UserError: The file cannot be read, or has no text.
+    """
+    with _blaming(f"{path} cannot be read as UTF-8 text"):
+        content = path.read_text("utf-8-sig")
+    if path.suffix == ".jsonl":
+        lines = enumerate(content.split("\n"), 1)
+        texts = [_json_text(f"{path}, line {n}", line) for n, line in lines if line.strip()]
+    else:
+        texts = re.split(r"\n\s*\n", content)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{path} has no text in it.")
+    return _take([_documents(path.name, texts, partial(_windows, lm), seed)], most)
+
+
+def _json_text(place: str, line: str) -> str:
+    with _blaming(f"{place} is not JSON"):
+        row = json.loads(line)
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    found = f"the keys {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    raise UserError(f'{place} has no string under "text"; found {found}.')
+
+
+def _documents(
+    name: str, rows: Sequence[Any], encode: Callable[[Any], list[TokenPair]], seed: int
+) -> Generator[Document, None, None]:
+    """Distinct documents in shuffled order; when closed, tells how many rows were left out."""
+    # A text as seed is hashed the same way everywhere. With the name in it, what stands beside a
+    # task does not change the task's own order.
+    order = list(range(len(rows)))
+    random.Random(f"{seed} {name}").shuffle(order)
+    seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    taken, unusable, first = 0, 0, ""
+    try:
+        for taken, doc_id in enumerate(order, 1):  # noqa: B007 - for the warning
+            try:
+                pairs = encode(rows[doc_id])
+            except Exception as err:  # a task's own functions fail as they like on unlabelled rows
+                unusable += 1
+                first = first or f"; the first, row {doc_id}: {_cause(err)}"
+                continue
+            for pair in pairs:
+                context, continuation = map(tuple, pair)
+                if (context, continuation) not in seen:
+                    seen.add((context, continuation))
+                    yield Document(context, continuation, task=name, doc_id=doc_id)
+        if not seen:
+            raise UserError(
+                f"{name}: none of {len(rows)} rows is usable{first}. Choose another split or task."
+            )
+    finally:
+        if unusable and seen:
+            log.warning("%d of %d rows of %s are unusable%s.", unusable, taken, name, first)
+
+
+def _take(streams: list[Generator[Document, None, None]], most: int | None) -> list[Document]:
+    """One document of each stream in turn."""
+    if most is not None and most < 1:
+        raise UserError(f"{most} documents are asked for: give a number from 1 up.")
+    documents: list[Document] = []
+    turns = deque(streams)
+    while turns and len(documents) != most:
+        if (document := next(turns[0], None)) is None:
+            turns.popleft()
+        else:
+            documents.append(document)
+            turns.rotate(-1)
+    for stream in streams:
+        stream.close()
+    return documents
+
+
+def _load(names: Sequence[str], include_path: Any) -> dict[str, Any]:
+    """Build the named tasks, each once, in the order of the names."""
+    manager = TaskManager(include_path=include_path)
+    tasks: dict[str, Any] = {}
+    for name in names:
+        found = manager.match_tasks([name]) or ([name] if Path(name).is_file() else [])
+        if not found:
+            hint = did_you_mean(name, manager.all_tasks)
+            raise UserError(f"unknown task {name!r}.{hint} `lm_eval ls tasks` lists lm-eval's own.")
+        for spec in found:
+            if spec not in tasks:
+                with _blaming(f"task {spec} cannot be loaded"):
+                    tasks.update(manager.load(spec)["tasks"])
+    if not tasks:
+        raise UserError("no task is named: give at least one.")
+    return tasks
+
+
+def _rows(name: str, task: Any, split: str) -> Sequence[Any]:
+    """The rows of a split, after the task's own filter."""
+    own = getattr(type(task), "construct_requests", None)
+    if own is not ConfigurableTask.construct_requests or getattr(task, "MULTIMODAL", False):
+        raise UserError(
+            f"task {name} asks by Python code of its own, or about more than text: its prompts "
+            "cannot be had with their answers. Leave it out."
+        )
+    has = [s for s, theirs in SPLITS.items() if getattr(task, f"has_{theirs}_docs")()]
+    if split not in has:
+        raise UserError(
+            f"task {name} has no {split} split; it has: {', '.join(has)}. Choose one of these (and "
+            "do not evaluate on it), or leave the task out."
+        )
+    with _blaming(f"task {name}: its {split} rows cannot be read"):
+        rows = getattr(task, f"{SPLITS[split]}_docs")()
+        return rows if hasattr(rows, "__getitem__") else list(rows)
+
+
+def _format(lm: HFLM, task: Any, row: Any) -> list[TokenPair]:
+    """Token ids of a row: what the task asks, and the first right answer."""
+    prefix = task.doc_to_prefix(row)
+    context = task.fewshot_context(row, num_fewshot=0, gen_prefix=prefix)
+    requests = task.construct_requests(row, context)
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return _windows(lm, *requests.args)
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return [_encode(lm, *requests.args)]
+    # Where the choices are contexts, the question is the index of the right one.
+    gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+    gold = gold[0] if isinstance(gold, list) else gold
+    if task.config.doc_to_choice is not None:
+        choices = task.doc_to_choice(row)
+        if isinstance(gold, str) and gold in choices:
+            gold = choices.index(gold)
+        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+            raise UserError(f"the right answer is {gold!r}, of {len(choices)} choices")
+        if task.OUTPUT_TYPE == "multiple_choice":
+            # Requests behind those of the choices belong to acc_mutual_info.
+            return [_encode(lm, *requests[gold].args)]
+        gold = choices[gold]
+    if not isinstance(gold, (str, int, float)):
+        raise UserError(f"the right answer is {gold!r}")
+    # As lm-eval joins question, prefix and answer in its few-shot examples.
+    joined = maybe_delimit(prefix, str(gold))[len(prefix) :] if prefix else None
+    return [_encode(lm, context, joined or f"{task.config.target_delimiter}{gold}")]
+
+
+def _encode(lm: HFLM, context: str, continuation: str) -> TokenPair:
+    """Token ids as lm-eval's `loglikelihood` makes them."""
+    if not continuation.strip():
+        raise UserError("the right answer is empty")
+    if context:
+        before, answer = lm._encode_pair(context, continuation)
+    else:
+        answer = lm.tok_encode(continuation, add_special_tokens=False)
+        before = [lm.prefix_token_id]
+        if answer[:1] == before:
+            answer = answer[1:]
+    if not 0 < len(answer) <= lm.max_length:
+        raise UserError(f"the right answer has {len(answer)} tokens (max_length={lm.max_length})")
+    return before, answer
+
+
+def _windows(lm: HFLM, text: str) -> list[TokenPair]:
+    """Disjoint windows of a text, as lm-eval's `loglikelihood_rolling` makes them."""
+    ids = lm.tok_encode(text)
+    if not ids:
+        raise UserError("the text is empty")
+    rolling = get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, context_len=1)
+    return [make_disjoint_window(pair) for pair in rolling]
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Tasks and loaders of data sets are foreign code: one line for whatever they raise."""
+    try:
+        yield
+    except Exception as err:
+        raise UserError(f"{what}: {_cause(err)}") from err
+
+
+def _cause(err: Exception) -> str:
+    text = " ".join(str(err).split())
+    return text if isinstance(err, UserError) else f"{type(err).__name__}: {text}"

@@ -1,0 +1,176 @@
+"""The maths of one map: its ridge solution, its loss, and how good it is.
+
+    hidden states h, teacher states t (P, d) -> whiten -> A, b: the least-squares map of t - h
+    logits (P, V) of both -> soft_cross_entropy (arXiv 2507.17618, eq. 8)
+
+Hidden states have a few directions that are a thousand times larger than the others. Descent
+therefore happens on whitened inputs, where one learning rate fits all, and is folded back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spade_eval.backbone import Backbone
+    from spade_eval.lens import Weight
+
+MAPPED_ROWS = 4096  # positions of a moment's sum at once, in float64
+
+
+@dataclass(frozen=True)
+class Affine:
+    """h -> h + A h + b.
+
+    Attributes:
+        weight: A, (d, d), or its factors, (d, r) and (r, d).
+        bias: b, (d,).
+    """
+
+    weight: Weight
+    bias: Tensor
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """(P, d) to (P, d)."""
+        if isinstance(self.weight, Tensor):
+            return h + linear(h, self.weight, self.bias)
+        up, down = self.weight
+        return h + linear(linear(h, down), up, self.bias)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Inputs of one map and the states it should reach.
+
+    Attributes:
+        h: Hidden states after the map's layer, (P, d).
+        t: The teacher's states in the last layer's space, (P, d).
+    """
+
+    h: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """The ridge solution, and inputs in which its problem is round.
+
+    Attributes:
+        mean: Of the inputs, (d,).
+        forward: C^-1/2 of their penalised covariance, (d, d), symmetric.
+        weight: A in whitened inputs, divided by `scale`: (d, d).
+        bias: b at the mean, divided by `scale`: (d,).
+        scale: Root mean square of the teacher states.
+    """
+
+    mean: Tensor
+    forward: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: float
+
+    def fold(self, weight: Weight, bias: Tensor) -> Affine:
+        """The map of plain inputs, fp32, of one of whitened inputs."""
+        parts = (weight,) if isinstance(weight, Tensor) else weight
+        first, last = parts[0].detach().double() * self.scale, parts[-1].detach().double()
+        if isinstance(weight, Tensor):
+            a = first @ self.forward
+            return Affine(a.float(), (bias.detach().double() * self.scale - a @ self.mean).float())
+        down = last @ self.forward
+        b = bias.detach().double() * self.scale - first @ (down @ self.mean)
+        return Affine((first.float(), down.float()), b.float())
+
+
+def whiten(pairs: Pairs, penalty: float) -> Whitening:
+    """Solve the ridge regression of t - h on h, in float64.
+
+    The penalty is a share of each input's own variance, so that units do not matter; directions
+    without any variance get none of the map.
+    """
+    d = pairs.h.shape[1]
+    total = torch.zeros(2 * d, dtype=torch.float64, device=pairs.h.device)
+    square = torch.zeros(d, 2 * d, dtype=torch.float64, device=pairs.h.device)
+    power = 0.0
+    for h, t in zip(pairs.h.split(MAPPED_ROWS), pairs.t.split(MAPPED_ROWS), strict=True):
+        x, y = h.double(), t.double()
+        both = torch.cat([x, y - x], 1)  # (P', 2 d)
+        total += both.sum(0)
+        square += x.T @ both
+        power += float(y.square().sum())
+    mean = total / len(pairs.h)
+    covariance = square / len(pairs.h) - mean[:d, None] * mean
+    xx, xy = covariance.split(d, 1)
+    variance = xx.diag()
+    xx = xx + torch.diag(penalty * variance + 1e-8 * variance.mean() + 1e-30)
+    values, vectors = torch.linalg.eigh(xx)
+    forward = (vectors * values.clamp_min(1e-30).rsqrt()) @ vectors.T
+    scale = math.sqrt(power / pairs.t.numel()) or 1.0
+    # A = (C^-1 xy)^T; in whitened inputs A C^1/2 = (C^-1/2 xy)^T.
+    return Whitening(mean[:d], forward, (forward @ xy).T / scale, mean[d:] / scale, scale)
+
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of softmax(logits) under softmax(teacher), and its gradient (eq. 8).
+
+    By hand, since autograd would pass over (P, V) numbers three times as often.
+
+    Args:
+        logits: (P, V).
+        teacher: (P, V).
+
+    Returns:
+        The sum over positions in nats, a scalar, and d loss / d logits, (P, V), both fp32.
+    """
+    p = teacher.float().softmax(-1)
+    log_q = logits.float().log_softmax(-1)
+    loss = -torch.dot(p.flatten(), log_q.flatten())
+    return loss, log_q.exp_().sub_(p)
+
+
+@torch.no_grad()
+def measure(
+    backbone: Backbone,
+    read: Callable[[Tensor], Tensor],
+    pairs: Pairs,
+    full: Tensor | None = None,
+) -> dict[str, float]:
+    """How well a map does, averaged over positions.
+
+    Args:
+        backbone: The model whose norm and head read the states.
+        read: The map, (P, d) to (P, d).
+        pairs: Its inputs and the teacher's states.
+        full: h^L of the same positions, (P, d); None leaves the full model out.
+
+    Returns:
+        `ce`, cross-entropy under the teacher, `kl`, the same without the teacher's own entropy,
+        and `entropy`, all in nats; `agree_teacher` and `agree_full`, shares of equal arg max.
+    """
+    sums = dict.fromkeys(("ce", "kl", "entropy", "agree_teacher", "agree_full"), 0.0)
+    if full is None:
+        del sums["agree_full"]
+
+    def head(h: Tensor) -> Tensor:
+        return backbone.logits(h.to(backbone.model.dtype)).float()
+
+    for at in torch.arange(len(pairs.h)).split(backbone.logits_rows(torch.float32)):
+        log_p = head(pairs.t[at]).log_softmax(-1)
+        log_q = head(read(pairs.h[at].float())).log_softmax(-1)
+        top = log_q.argmax(-1)
+        sums["agree_teacher"] += int((top == log_p.argmax(-1)).sum())
+        if full is not None:
+            sums["agree_full"] += int((top == head(full[at]).argmax(-1)).sum())
+        p = log_p.exp()
+        ce = -float(torch.dot(p.flatten(), log_q.flatten()))
+        sums["ce"] += ce
+        sums["kl"] += ce + float(torch.dot(p.flatten(), log_p.flatten()))
+        sums["entropy"] -= float(torch.dot(log_q.exp().flatten(), log_q.flatten()))
+    return {name: value / len(pairs.h) for name, value in sums.items()}

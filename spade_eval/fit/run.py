@@ -1,0 +1,295 @@
+"""Fit a lens: documents -> states -> one map per layer -> table -> folder.
+
+Everything on the way lies in a work folder beside the output. A run that was killed goes on there
+with `resume`; a finished one removes it. Of several processes, each computes every w-th batch of
+states and fits every w-th map, so the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from spade_eval import __version__, scoring
+from spade_eval.errors import UserError
+from spade_eval.fingerprint import adapter_fingerprint, fingerprint
+from spade_eval.fit import documents, states
+from spade_eval.fit.descent import Descent, Progress, Recipe
+from spade_eval.fit.maps import Pairs, measure
+from spade_eval.fit.settings import check_output, layer_list
+from spade_eval.lens import LinearLens
+from spade_eval.lens_config import LensConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from spade_eval.fit.settings import FitSettings
+    from spade_eval.lm.base import SpadeLM
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 1 / 10  # share of the documents, and of the positions, that decides when to stop
+# Documents are read until they hold this many times the positions asked for, of which a tenth or so
+# is drawn: positions of many documents teach more than all positions of a few.
+TOKENS_PER_POSITION = 8
+
+
+def fit(
+    lm: SpadeLM,
+    settings: FitSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    include_path: Path | list[Path] | None = None,
+    command: str = "",
+) -> LinearLens:
+    """Fit and save a lens for the model of `lm`.
+
+    Args:
+        lm: The model and its tokenizer.
+        settings: What to fit.
+        resume: Whether to go on in the work folder.
+        overwrite: Whether to replace what is there.
+        include_path: Folders of further tasks.
+        command: For the lens's card.
+
+    Raises:
+        UserError: Bad input; what has been computed stays in the work folder.
+    """
+    check_output(settings, resume, overwrite)
+    backbone, layers = lm.backbone, layer_list(settings.layers, lm.backbone.n_layers)
+    training, held_out = _documents(lm, settings, include_path)
+    requests = [[_request(d, settings.positions) for d in part] for part in (training, held_out)]
+    most = (settings.max_positions, max(1, int(settings.max_positions * HELD_OUT)))
+    drawn = [
+        states.jobs(part, lm.layout, backbone.most_tokens, n, settings.seed)
+        for part, n in zip(requests, most, strict=True)
+    ]
+    if not drawn[0] or not drawn[1]:
+        raise UserError("The documents hold no position to train on: they are too short.")
+    recipe = Recipe(
+        epochs=settings.epochs, rank=settings.rank, seed=settings.seed, bf16=_bf16(backbone.device)
+    )
+    _open_work(lm, settings, asdict(recipe), layers, requests, overwrite)
+
+    begin = time.perf_counter()
+    work, n = settings.work, states.count(drawn[0])
+    todo = [*drawn[0], *(states.moved(job, n) for job in drawn[1])]
+    found = states.collect(
+        backbone, todo, layers, settings.decoder == "l_spade", work, lm.rank, lm.world_size
+    )
+    _wait(lm)
+    seconds = time.perf_counter() - begin
+    for index, layer in list(enumerate(layers))[lm.rank :: lm.world_size]:
+        pairs = Pairs(found.hidden[index].to(lm.device), found.teacher[index].to(lm.device))
+        _fit_layer(lm, pairs, found.full.to(lm.device), n, recipe, layer, work)
+    _wait(lm)
+
+    parts = {layer: Progress.load(work / f"layer-{layer}.safetensors") for layer in layers}
+    config = LensConfig(
+        decoder=settings.decoder,
+        base_model=lm._model_source,
+        n_layers=backbone.n_layers,
+        width=backbone.width,
+        layers=tuple(layers),
+        rank=settings.rank,
+        revision=None if lm.revision == "main" else str(lm.revision),
+        fingerprint=fingerprint(lm.model),
+        adapter=adapter_fingerprint(lm.model),
+        teacher="spade" if settings.decoder == "l_spade" else "model",
+        positions=settings.positions,
+        tasks=settings.tasks or (str(settings.text),),
+        split=settings.split if settings.tasks else "",
+        documents=len(training),
+        n_positions=n,
+        tokens=sum(job.batch.tokens for job in todo),
+        seed=settings.seed,
+        metrics={layer: part.metrics for layer, part in parts.items()},
+        bill={
+            "held_out_documents": len(held_out),
+            "held_out_positions": states.count(todo) - n,
+            "seconds_states": round(seconds, 1),
+            "seconds_training": round(sum(part.seconds for part in parts.values()), 1),
+            "peak_memory_mb": _peak_memory_mb(),
+        },
+        command=command,
+        package_version=__version__,
+    )
+    lens = LinearLens(config)
+    for layer, part in parts.items():
+        lens.set_map(layer, part.best.weight, part.best.bias)
+        if part.stopped:
+            log.warning("Training stopped early, and the best map before is kept: %s", part.stopped)
+    if lm.rank == 0:
+        lens.save_pretrained(settings.output)
+    _wait(lm)
+    if lm.rank == 0:
+        shutil.rmtree(work)
+    return lens
+
+
+# ------------------------------------------------------------------ steps
+
+
+def _documents(
+    lm: SpadeLM, settings: FitSettings, include_path: Path | list[Path] | None
+) -> tuple[list[documents.Document], list[documents.Document]]:
+    """Documents for training, and those held out."""
+    if settings.text is not None:
+        found = documents.from_text(lm, settings.text, seed=settings.seed)
+    else:
+        found = documents.from_tasks(
+            lm,
+            settings.tasks,
+            settings.split,
+            include_path,
+            seed=settings.seed,
+            most=max(100, settings.max_positions // 4),
+        )
+    tokens, budget, kept = 0, TOKENS_PER_POSITION * settings.max_positions, 0
+    while kept < len(found) and tokens < budget:
+        tokens += len(found[kept].context) + len(found[kept].continuation)
+        kept += 1
+    found = found[:kept]
+    sources = list(dict.fromkeys((d.task, d.doc_id) for d in found))
+    if len(sources) < 2:
+        raise UserError(
+            "There is one document only; a lens needs at least two, one of them to be held out."
+        )
+    held = set(sources[: max(1, int(len(sources) * HELD_OUT))])
+    training = [d for d in found if (d.task, d.doc_id) not in held]
+    return training, [d for d in found if (d.task, d.doc_id) in held]
+
+
+def _request(document: documents.Document, positions: str) -> scoring.Request:
+    """The positions that are read: those that score the answer, or all after the first."""
+    if positions == "answer":
+        return document
+    whole = document.context + document.continuation
+    cut = min(2, len(whole) - 1)
+    return scoring.Request(whole[:cut], whole[cut:])
+
+
+def _fit_layer(
+    lm: SpadeLM,
+    pairs: Pairs,
+    full: torch.Tensor,
+    n: int,
+    recipe: Recipe,
+    layer: int,
+    work: Path,
+) -> None:
+    """Fit the map of one layer and measure it; leave both in the work folder."""
+    path = work / f"layer-{layer}.safetensors"
+    progress = Progress.load(path) if path.exists() else None
+    if progress is not None and progress.metrics:
+        return
+    begin = time.perf_counter()
+    before = 0.0 if progress is None else progress.seconds
+    held_out = Pairs(pairs.h[n:], pairs.t[n:])
+    descent = Descent(lm.backbone, Pairs(pairs.h[:n], pairs.t[:n]), held_out, recipe, layer)
+    first = progress or descent.start()
+    progress = first
+    bar = tqdm(
+        total=recipe.epochs,
+        initial=len(progress.losses) - 1,
+        desc=f"Layer {layer}",
+        unit="epoch",
+        disable=lm.rank != 0,
+        postfix={"held-out CE": f"{progress.losses[-1]:.3f}"},
+    )
+    for progress in descent.epochs(first):
+        progress.seconds = before + time.perf_counter() - begin
+        progress.save(path)
+        bar.update()
+        bar.set_postfix({"held-out CE": f"{progress.losses[-1]:.3f}"})
+    bar.close()
+    lens = measure(lm.backbone, progress.best, held_out, full[n:])
+    plain = measure(lm.backbone, lambda h: h, held_out, full[n:])
+    progress.metrics = {
+        **lens,
+        "ce_ridge": progress.ridge,
+        "epochs": len(progress.losses) - 1,
+        **{f"logit_lens_{name}": value for name, value in plain.items()},
+    }
+    progress.save(path)
+
+
+def _open_work(
+    lm: SpadeLM,
+    settings: FitSettings,
+    recipe: dict[str, Any],
+    layers: Sequence[int],
+    requests: Sequence[Sequence[scoring.Request]],
+    overwrite: bool,
+) -> None:
+    """Make the work folder, or make sure that the one there is of the same settings."""
+    about = {
+        "decoder": settings.decoder,
+        "tasks": list(settings.tasks),
+        "text": str(settings.text),
+        "split": settings.split,
+        "layers": list(layers),
+        "positions": settings.positions,
+        "max_positions": settings.max_positions,
+        **recipe,
+        "model": fingerprint(lm.model),
+        "adapter": adapter_fingerprint(lm.model),
+        "dtype": str(lm.model.dtype),
+        "documents": [states.digest(part) for part in requests],
+        "batch_size": lm.layout.batch_size,
+        "package_version": __version__,
+    }
+    work = settings.work
+    path = work / "settings.json"
+    if lm.rank == 0:
+        if overwrite and work.exists():
+            shutil.rmtree(work)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(about, indent=2) + "\n")
+                part.replace(path)
+        except OSError as err:
+            raise UserError(f"{work} cannot be written: {err.strerror}.") from err
+    _wait(lm)
+    there = json.loads(path.read_text())
+    differs = [name for name in about if there.get(name) != about[name]]
+    if differs:
+        was = "; ".join(f"{n} was {there.get(n)!r}, is {about[n]!r}" for n in differs)
+        raise UserError(
+            f"{work} holds a fit with other settings ({was}). Resume with the same ones, or begin "
+            "anew with --overwrite."
+        )
+
+
+def _wait(lm: SpadeLM) -> None:
+    if lm.world_size > 1:
+        lm.accelerator.wait_for_everyone()
+
+
+def _bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 here; a fact of the hardware, not a timing.
+
+    A timing could come out otherwise when a run resumes.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _peak_memory_mb() -> int:
+    """Of this process; on a GPU machine without the GPU's own."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
