@@ -10,6 +10,7 @@ by the model's own final norm and head:
 | logit lens (nostalgebraist, 2020) | identity |
 | SPADE (arXiv 2507.17618, eq. 6) | the pair [start, token] goes through layers l+1..L |
 | SPADE-NoS (the paper's ablation) | the token goes through layers l+1..L alone |
+| L-SPADE (eq. 7), tuned lens (arXiv 2303.08112) | a linear map of layer l |
 
 At l = L all of them are the model itself.
 """
@@ -27,6 +28,7 @@ from spade_eval.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Ints
+    from spade_eval.lens import LinearLens
 
 Positions = Literal["reset", "keep"]
 Start = Literal["keep", "none"]
@@ -79,6 +81,37 @@ class LogitLens:
     def describe(self) -> dict[str, object]:
         """Name and settings."""
         return {"decoder": "logit_lens"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """L-SPADE or tuned lens: the lens's map of the states' layer.
+
+    No map is fitted at position 0, where there is no pair and states are unlike all others: the
+    start token's own full-depth state answers there, as in SPADE.
+
+    Attributes:
+        lens: The maps, on the model's device.
+    """
+
+    lens: LinearLens
+
+    def align(self, backbone: Backbone, states: States) -> Tensor:
+        """Apply the map of the states' layer (eq. 7)."""
+        out = self.lens(states.h, states.layer)
+        first = states.positions == 0
+        if states.layer < backbone.n_layers and first.any():
+            own = backbone.start_states(states.start_ids[first]).hidden(backbone.n_layers)
+            out[first] = own.to(out.device, out.dtype)
+        return out
+
+    def tail_tokens(self, positions: Ints) -> int:
+        """None: it runs no layer."""
+        return 0
+
+    def describe(self) -> dict[str, object]:
+        """Name."""
+        return {"decoder": self.lens.config.decoder}
 
 
 @dataclass(frozen=True)

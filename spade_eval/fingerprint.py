@@ -57,7 +57,7 @@ def fingerprint(model: PreTrainedModel) -> str:
             f"{name}: its final norm or head is on the meta device, without values. Load the "
             "weights before using a lens."
         )
-    return _digest(("", tensor) for tensor in tensors)
+    return digest(("", tensor) for tensor in tensors)
 
 
 def adapter_fingerprint(model: PreTrainedModel) -> str | None:
@@ -72,7 +72,7 @@ def adapter_fingerprint(model: PreTrainedModel) -> str | None:
         # Without False, PEFT may add base embeddings, and asks the Hub whether it should.
         state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         tensors += sorted(state.items())
-    return _digest(tensors)
+    return digest(tensors)
 
 
 def same(a: str, b: str) -> bool:
@@ -102,7 +102,7 @@ def _parameters(module: nn.Module, skip: set[int]) -> Iterator[Tensor]:
         yield from _parameters(child, skip)
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Hash names, shapes and evenly spaced values of the tensors, in both halves."""
     halves = [hashlib.sha256() for _ in _HALVES]
     for name, tensor in tensors:

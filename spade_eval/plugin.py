@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # The one list of our model names; pyproject.toml repeats it as entry points, a test compares them.
-# "simlens" is what version 2 of the paper calls SPADE.
+# Version 2 of the paper calls SPADE SimLens, L-SPADE Linear SimLens and SPADE-EXIT SimExit.
 MODELS = {
     "spade_layer": "spade_eval.lm.layer:SpadeLayerLM",
     "simlens": "spade_eval.lm.layer:SpadeLayerLM",
     "logit_lens": "spade_eval.lm.layer:LogitLensLM",
+    "l_spade": "spade_eval.lm.layer:LSpadeLM",
+    "linear_simlens": "spade_eval.lm.layer:LSpadeLM",
+    "tuned_lens": "spade_eval.lm.layer:TunedLensLM",
 }
 
 _OPT_OUT = "SPADE_EVAL_NO_AUTOLOAD"

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear
 
+from spade_eval.backbone import LOGITS_BYTES
 from spade_eval.errors import UserError
 from spade_eval.fit.maps import Affine, Pairs, measure, soft_cross_entropy, whiten
 from spade_eval.lens import low_rank
@@ -238,7 +239,8 @@ class Descent:
 
     @property
     def _rows(self) -> int:
-        return self.backbone.logits_rows(torch.float32)
+        """Positions whose logits are held at once; larger blocks convert the head less often."""
+        return max(1, LOGITS_BYTES // (4 * self.backbone.vocab_size))
 
     def _held_out_loss(self, map_: Affine) -> float:
         return measure(self.backbone, map_, self.held_out)["ce"]

@@ -67,6 +67,7 @@ def fit(
         UserError: Bad input; what has been computed stays in the work folder.
     """
     check_output(settings, resume, overwrite)
+    lm.model.requires_grad_(False)  # or descent would spend a third of its time on its gradients
     backbone, layers = lm.backbone, layer_list(settings.layers, lm.backbone.n_layers)
     training, held_out = _documents(lm, settings, include_path)
     requests = [[_request(d, settings.positions) for d in part] for part in (training, held_out)]

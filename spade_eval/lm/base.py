@@ -57,6 +57,7 @@ class SpadeLM(HFLM):
     """
 
     def __init__(self, pretrained: Any = None, **kwargs: Any):
+        kwargs.setdefault("device", "")  # whatever there is; HFLM's own default is a GPU
         arguments.check_values(kwargs)
         self._given = kwargs
         if pretrained is None:

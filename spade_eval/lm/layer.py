@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spade_eval.decoders import Decoder, LogitLens, Positions, Spade, Start
+from spade_eval.decoders import Decoder, Linear, LogitLens, Positions, Spade, Start
 from spade_eval.errors import UserError, did_you_mean
-from spade_eval.lm import arguments
+from spade_eval.lm import arguments, lenses
 from spade_eval.lm.base import SpadeLM, log
 from spade_eval.trace import Answers, score
 
@@ -18,22 +18,23 @@ if TYPE_CHECKING:
 
 
 class FixedLayerLM(SpadeLM):
-    """Scores with one decoder at one layer.
+    """Scores with one decoder at one layer; subclasses set `decoder`.
 
     Args:
-        decoder: The decoder.
         layer: l; 0 is the embedding, L or -1 the last layer, where every decoder is the model
             itself.
         **kwargs: Arguments of `SpadeLM`.
     """
 
-    def __init__(self, decoder: Decoder, layer: int | None, **kwargs: Any):
+    decoder: Decoder
+
+    def __init__(self, layer: int | None, **kwargs: Any):
         if layer is None:
             hints = [f" {n!r} was given.{h}" for n in kwargs if (h := did_you_mean(n, ["layer"]))]
             raise UserError(
                 "layer is missing: give layer=N (0 is the embedding, -1 the last)." + "".join(hints)
             )
-        self.decoder, self.layer = decoder, arguments.layer(layer)
+        self.layer = arguments.layer(layer)
         super().__init__(**kwargs)
         self.layer = arguments.layer(layer, self.backbone.n_layers)
 
@@ -72,9 +73,8 @@ class SpadeLayerLM(FixedLayerLM):
         start: Start = "keep",
         **kwargs: Any,
     ):
-        super().__init__(
-            Spade(positions=positions, start=start), layer, pretrained=pretrained, **kwargs
-        )
+        self.decoder = Spade(positions=positions, start=start)
+        super().__init__(layer, pretrained=pretrained, **kwargs)
         # A token on its own attends to nothing else, and rotary positions are about distances.
         self._inert = self.backbone.positions_inert or start == "none"
         if self._inert and positions == "keep":
@@ -94,4 +94,57 @@ class LogitLensLM(FixedLayerLM):
     """
 
     def __init__(self, pretrained: Any = None, layer: int | None = None, **kwargs: Any):
-        super().__init__(LogitLens(), layer, pretrained=pretrained, **kwargs)
+        self.decoder = LogitLens()
+        super().__init__(layer, pretrained=pretrained, **kwargs)
+
+
+class LinearLensLM(FixedLayerLM):
+    """Scores through the linear map of one layer.
+
+    Args:
+        pretrained: As in HFLM; the default model if absent.
+        layer: l, see `FixedLayerLM`; one with a map, or L.
+        lens: Folder or hub id of a lens (`spade-eval fit` makes them), or a `LinearLens`.
+        force_lens: Whether a lens of another model, of the same size, is a warning only.
+        **kwargs: HFLM's arguments.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        layer: int | None = None,
+        lens: Any = None,
+        force_lens: bool = False,
+        **kwargs: Any,
+    ):
+        loaded = lenses.load(lens, pretrained is None, self.name)
+        if loaded is None:
+            raise UserError("lens=identity is the logit lens: use --model logit_lens.")
+        kind = loaded.config.decoder
+        if kind != self.name:
+            raise UserError(f"lens={lens} is a {kind} lens: use --model {kind}.")
+        self._lens, self._lens_name = loaded, lens
+        super().__init__(layer, pretrained=pretrained, **kwargs)
+        self._lens = lenses.fit_to(self._lens, self.backbone, lens, force_lens)
+        self.decoder = Linear(self._lens)
+
+    def _check_config(self, n_layers: int) -> None:
+        super()._check_config(n_layers)
+        lenses.require_layer(self._lens, arguments.layer(self.layer, n_layers), self._lens_name)
+
+    def _settings(self) -> dict[str, object]:
+        return {**super()._settings(), **lenses.describe(self._lens, self._lens_name)}
+
+
+class LSpadeLM(LinearLensLM):
+    """`--model l_spade`: L-SPADE (arXiv 2507.17618, eq. 7; "Linear SimLens" in its v2)."""
+
+    name = "l_spade"
+
+
+class TunedLensLM(LinearLensLM):
+    """`--model tuned_lens`: the tuned lens (Belrose et al., 2023, arXiv 2303.08112)."""
+
+    name = "tuned_lens"

@@ -1,0 +1,90 @@
+"""The `lens=` argument: find, load and check the linear maps of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spade_eval.errors import UserError
+from spade_eval.fingerprint import digest
+from spade_eval.lens import LinearLens, check
+
+if TYPE_CHECKING:
+    from spade_eval.backbone import Backbone
+
+DEFAULT_LENS = Path(__file__).resolve().parent.parent / "default_lens"  # L-SPADE, default model
+
+
+def load(
+    lens: str | Path | LinearLens | None, default_model: bool, model: str
+) -> LinearLens | None:
+    """Load a lens before the model, so that a wrong name costs no time.
+
+    Args:
+        lens: Folder, hub id, "identity", or a lens; None takes the default model's own.
+        default_model: Whether the default model will be used.
+        model: Name of the lm-eval model, for messages.
+
+    Returns:
+        The lens; None for the identity, which is made when the model's size is known.
+
+    Raises:
+        UserError: No lens was given and there is no default, or it cannot be loaded.
+    """
+    if isinstance(lens, LinearLens):
+        return lens
+    if lens == "identity":
+        return None
+    if lens is None:
+        if not default_model or model == "tuned_lens":
+            raise UserError(
+                f"{model} needs lens=FOLDER or a hub id: the maps that ship with the package are "
+                "L-SPADE's for the default model. Fit some with `spade-eval fit --decoder "
+                f"{'tuned_lens' if model == 'tuned_lens' else 'l_spade'} --tasks ... --model_args "
+                "pretrained=... --output FOLDER`."
+            )
+        lens = DEFAULT_LENS
+    return LinearLens.from_pretrained(lens)
+
+
+def require_layer(lens: LinearLens | None, layer: int, name: object) -> None:
+    """Make sure that a lens has a map for a layer.
+
+    Raises:
+        UserError: Lists the layers it has.
+    """
+    if lens is not None and layer not in lens.available:
+        raise UserError(
+            f"lens={name or 'the default lens'} has no map for layer {layer}; it has "
+            f"{', '.join(map(str, lens.available))} (the last is the model itself)."
+        )
+
+
+def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: bool) -> LinearLens:
+    """Check a lens against the loaded model, and bring it to its device and dtype.
+
+    Raises:
+        UserError: It belongs to another model.
+    """
+    if lens is None:
+        lens = LinearLens.identity(backbone.n_layers, backbone.width)
+    check(lens, backbone.model, str(name or "the default lens"), force=force)
+    return lens.to(device=backbone.device, dtype=backbone.model.dtype).requires_grad_(False)
+
+
+def describe(lens: LinearLens, name: object) -> dict[str, object]:
+    """What the results and a response cache's fingerprint say about a lens."""
+    config = lens.config
+    if config.decoder == "identity":
+        return {"lens": "identity"}
+    return {
+        "lens": "default"
+        if name is None
+        else str(name)
+        if isinstance(name, (str, Path))
+        else "given",
+        "lens_decoder": config.decoder,
+        "lens_tasks": list(config.tasks),
+        "lens_positions": config.positions,
+        "lens_weights": digest(lens.state_dict().items()),
+    }
