@@ -24,7 +24,14 @@ from torch import Tensor
 
 from spade_eval import checks
 from spade_eval.errors import UnsupportedModelError, UserError
-from spade_eval.hollow import Lane, Probe, find_layers, hollow, unwrap_peft
+from spade_eval.hollow import (
+    Lane,
+    Probe,
+    find_layers,
+    hollow,
+    narrow_head,
+    unwrap_peft,
+)
 from spade_eval.start import StartStates, StartStore
 
 if TYPE_CHECKING:
@@ -56,6 +63,7 @@ class Backbone:
             (ALiBi, positions added to the embedding).
         packs: True if a row may hold several branches behind one shared context (explicit
             positions and 4D mask).
+        operations: Operations of a layer's matrix products per token.
         crossover: Number of keys at which attention costs a token as much as the layer's matrix
             products.
 
@@ -90,7 +98,8 @@ class Backbone:
         self.starts.clear()  # those of the checks: scoring may run under autocast, in another dtype
         # Attention takes 4 * d operations per token and key. Under a mask it runs at about a third
         # of the speed of matrix products (measured on CPU).
-        self.crossover = checks.operations(self) / (12 * self.width)
+        self.operations = checks.operations(self)
+        self.crossover = self.operations / (12 * self.width)
 
     # ------------------------------------------------------------------ one pass, layer by layer
 
@@ -147,16 +156,21 @@ class Backbone:
         """All states h^0..h^L, L + 1 tensors (B, T, d); h^L is taken before the final norm."""
         return self._climb(self.embed(ids))
 
-    def logits(self, h: Tensor) -> Tensor:
+    def logits(self, h: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The model's own final norm, head, soft-cap and scaling: head(norm(h)).
 
         Args:
             h: States in the space of the last layer, (P, d). Callers bound P: the result holds P *
                 V numbers.
+            tokens: The columns wanted, (C,); the head computes no others.
 
         Returns:
-            Logits (P, V) in the model's dtype.
+            Logits (P, V), or (P, C), in the model's dtype.
         """
+        if tokens is not None:
+            with narrow_head(self.model, tokens) as narrowed:
+                logits = self.logits(h)
+            return logits if narrowed else logits[:, tokens.to(logits.device)]
         ids = torch.zeros(len(h), 1, dtype=torch.long, device=self.device)
         mask = torch.ones_like(ids)  # without one, some models warn that id 0 may be padding
         with self._hollow(h[:, None]):  # (P, 1, d)

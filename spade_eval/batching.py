@@ -37,7 +37,7 @@ class Batch:
         read_at: For each of N reads, which of the P positions it reads, ascending.
         targets: For each read the token whose log-probability is asked for, (N,).
         requests: For each read the request it belongs to, (N,).
-        tokens: Tokens that are not padding.
+        lengths: Tokens of each row that are not padding, (B,).
         tokens_hf: Tokens that `--model hf` would feed for the same requests.
     """
 
@@ -51,8 +51,13 @@ class Batch:
     read_at: Ints
     targets: Ints
     requests: Ints
-    tokens: int
+    lengths: Ints
     tokens_hf: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.lengths.sum())
 
 
 def cut(
@@ -120,7 +125,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         read_at=read_at,
         targets=targets,
         requests=requests,
-        tokens=sum(len(row) for row in rows),
+        lengths=np.array([len(row) for row in rows], dtype=np.int64),
         tokens_hf=sum(row.tokens_apart for row in rows),
     )
 

@@ -71,6 +71,14 @@ def operations(backbone: Backbone) -> float:
     return counter.get_total_flops() / 3 or 24.0 * backbone.width**2
 
 
+def head_operations(backbone: Backbone) -> float:
+    """Operations of the head at one position."""
+    states = torch.zeros(1, backbone.width, dtype=backbone.model.dtype, device=backbone.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.logits(states)
+    return counter.get_total_flops() or 2.0 * backbone.width * backbone.vocab_size
+
+
 @torch.no_grad()
 def run(backbone: Backbone) -> tuple[bool, bool]:
     """Run the four checks.

@@ -1,21 +1,116 @@
 """The account of a run: what was scored, in which layout, and how much of the model was computed.
 
-The unit is the token-layer, one token that is not padding through one layer. The baseline is the
-same plan at full depth, so the ratio is what leaving layers out saves; what the plan itself saves
-against `--model hf` is told by `tokens` against `tokens_hf`.
+The unit is the token-layer, one token that is not padding through one layer; heads and checks are
+converted by their multiply-adds. The baseline is the same plan at full depth, so the ratio is what
+leaving layers out saves; what the plan itself saves against `--model hf` is told by `tokens`
+against `tokens_hf`.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spade_eval.decisions import Decisions, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from spade_eval.batching import Batch
+    from numpy.typing import NDArray
+
+    from spade_eval.batching import Batch, Ints
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What things cost in token-layers of this model, by multiply-adds.
+
+    Attributes:
+        n_layers: L.
+        head: Final norm and head at one position.
+        check: A confidence at one position: the map, and what it needs of the head.
+    """
+
+    n_layers: int
+    head: float
+    check: float = 0.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where requests come from.
+
+    Attributes:
+        tasks: For each request the name of its task.
+        counted: For each whether it is counted; a rank may be given copies of its last request to
+            keep step with the others.
+    """
+
+    tasks: Sequence[str]
+    counted: NDArray[np.bool_]
+
+
+@dataclass
+class Tally:
+    """Sums over the requests of one task.
+
+    Attributes:
+        requests: Requests, or windows of pages, that the model scored; those answered by a response
+            cache are not among them.
+        requests_packed: Requests in rows that hold several sequences.
+        requests_dense: Requests in rows of their own.
+        positions_scored: Positions that reached a decoder.
+        first_positions: Those of them at position 0, where there is no pair.
+        tokens: Tokens fed to the model, without padding.
+        main_token_layers: Tokens times the layers they passed before a decoder read them.
+        tail_token_layers: The same for answer tokens in the tail.
+        check_token_layers: Confidence checks.
+        head_token_layers: Heads at the scored positions.
+        full_depth_token_layers: The same plan through all layers, heads included.
+        exits: Decisions by the layer they exited at, L where they did not.
+        row_exits: Contexts by the layer at which the last of their continuations exited.
+    """
+
+    requests: int = 0
+    requests_packed: int = 0
+    requests_dense: int = 0
+    positions_scored: int = 0
+    first_positions: int = 0
+    tokens: int = 0
+    main_token_layers: int = 0
+    tail_token_layers: int = 0
+    check_token_layers: float = 0.0
+    head_token_layers: float = 0.0
+    full_depth_token_layers: float = 0.0
+    exits: Counter[int] = field(default_factory=Counter)
+    row_exits: Counter[int] = field(default_factory=Counter)
+
+    def merge(self, other: Tally) -> None:
+        """Add another's sums."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+    def report(self, starts: int = 0) -> dict[str, object]:
+        """The sums, and the share of full depth that was computed."""
+        sums = {f.name: getattr(self, f.name) for f in fields(self)}
+        done = starts + sum(
+            sums[f"{part}_token_layers"] for part in ("main", "tail", "check", "head")
+        )
+        full = self.full_depth_token_layers
+        return {
+            **{k: round(v, 1) if isinstance(v, float) else v for k, v in sums.items()},
+            "exits": {str(layer): n for layer, n in sorted(self.exits.items())},
+            "row_exits": {str(layer): n for layer, n in sorted(self.row_exits.items())},
+            "mean_exit_layer": _mean(self.exits),
+            "mean_row_exit_layer": _mean(self.row_exits),
+            "token_layer_ratio": round(done / full, 4) if full else None,
+            "implied_speedup": round(full / done, 3) if done else None,
+        }
 
 
 @dataclass
@@ -23,70 +118,132 @@ class Account:
     """Sums over batches, calls and processes.
 
     Attributes:
-        requests: Requests, or windows of pages, that the model scored; those answered by a response
-            cache are not among them.
+        tallies: By task.
         truncated_requests: Requests whose left end was cut off.
-        positions_scored: Positions that reached a decoder.
-        first_positions: Those of them at position 0, where there is no pair.
-        requests_packed: Requests in rows that hold several sequences.
-        requests_dense: Requests in rows of their own.
-        tokens: Tokens fed to the model, without padding.
-        padding: Padding fed beside them.
+        padding: Padding fed beside the tokens.
         tokens_hf: Tokens that one row per sequence would take, as `--model hf` feeds them.
-        main_token_layers: Tokens times the layers they passed before a decoder read them.
-        tail_token_layers: The same for answer tokens in the tail.
-        start_token_layers: The same for start tokens, each of which is computed once.
-        full_depth_token_layers: The same plan through all layers.
+        start_token_layers: Start tokens, each of which is computed once.
         seconds: Wall-clock of the request phase; of several processes, the longest.
     """
 
-    requests: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
     truncated_requests: int = 0
-    positions_scored: int = 0
-    first_positions: int = 0
-    requests_packed: int = 0
-    requests_dense: int = 0
-    tokens: int = 0
     padding: int = 0
     tokens_hf: int = 0
-    main_token_layers: int = 0
-    tail_token_layers: int = 0
     start_token_layers: int = 0
-    full_depth_token_layers: int = 0
     seconds: float = 0.0
 
-    def add(self, batch: Batch, layer: int, n_layers: int, tail_tokens: int, starts: int) -> None:
-        """Count a batch that left the main lane at `layer` and needed `starts` new start tokens."""
-        scored, first = len(batch.scored), int((batch.scored_positions == 0).sum())
-        here = len(set(batch.requests.tolist()))
-        self.requests += here
-        if batch.sees is None:
-            self.requests_dense += here
-        else:
-            self.requests_packed += here
-        self.positions_scored += scored
-        self.first_positions += first
-        self.tokens += batch.tokens
+    def add(
+        self,
+        batch: Batch,
+        source: Source,
+        prices: Prices,
+        passed: int | Ints,
+        layers: int | Ints,
+        tails: NDArray[np.bool_],
+        starts: int,
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            batch: The batch.
+            source: Where its requests come from.
+            prices: Of the head.
+            passed: Layers that the tokens went through: all alike, or each, (B, T).
+            layers: Layer that each of the N reads was taken from, (N,), or one for all.
+            tails: Which of the P scored positions went on alone from that layer.
+            starts: Start tokens that had to be computed.
+        """
+        n_layers = prices.n_layers
         self.padding += batch.ids.size - batch.tokens
         self.tokens_hf += batch.tokens_hf
-        self.main_token_layers += batch.tokens * layer
-        self.tail_token_layers += tail_tokens * (n_layers - layer)
         self.start_token_layers += starts * n_layers
-        self.full_depth_token_layers += batch.tokens * n_layers
+        real = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+        depth = np.broadcast_to(passed, batch.ids.shape)[real]
+        self._by_task(source, owners(batch)[real], tokens=1, main_token_layers=depth)
+
+        # A position counts once, however many requests read it, unless from several layers.
+        layer = np.broadcast_to(layers, batch.read_at.shape)
+        (at, layer), one = np.unique(np.stack([batch.read_at, layer]), axis=1, return_index=True)
+        self._by_task(
+            source,
+            batch.requests[one],
+            positions_scored=1,
+            first_positions=(batch.scored_positions[at] == 0).astype(int),
+            tail_token_layers=np.where(tails[at], n_layers - layer, 0),
+            head_token_layers=prices.head,
+        )
+        for tally in self.tallies.values():
+            heads = tally.positions_scored * prices.head
+            tally.full_depth_token_layers = tally.tokens * n_layers + heads
+        new = np.unique(batch.requests)
+        new = new[source.counted[new]]
+        kind = "requests_dense" if batch.sees is None else "requests_packed"
+        self._by_task(source, new, requests=1, **{kind: 1})
+
+    def add_exits(
+        self,
+        batch: Batch,
+        source: Source,
+        prices: Prices,
+        who: Decisions,
+        layers: Ints,
+        checked: Ints,
+    ) -> None:
+        """Count a batch's decisions, except those that could not be checked.
+
+        Args:
+            batch: The batch.
+            source: Where its requests come from.
+            prices: Of a check.
+            who: The decisions.
+            layers: Layer of each, (D,).
+            checked: Confidences measured for each, (D,).
+        """
+        self._by_task(source, who.requests, check_token_layers=checked * prices.check)
+        could = np.zeros(who.count, dtype=bool)
+        could[who.check_of] = True
+        for request, layer in zip(
+            who.requests[could].tolist(), layers[could].tolist(), strict=True
+        ):
+            self._tally(source.tasks[request]).exits[layer] += 1
+        contexts = decide(batch, "context")
+        last = np.zeros(contexts.count, dtype=np.int64)
+        of_read = who.member_of[who.read_from]
+        np.maximum.at(last, contexts.member_of[contexts.read_from], layers[of_read])
+        for request, layer in zip(contexts.requests.tolist(), last.tolist(), strict=True):
+            self._tally(source.tasks[request]).row_exits[layer] += 1
 
     def merge(self, parts: Sequence[Account]) -> None:
         """Add the sums of processes that ran side by side."""
-        for f in fields(self):
-            values = [getattr(part, f.name) for part in parts]
-            more = max(values, default=0.0) if f.name == "seconds" else sum(values)
-            setattr(self, f.name, getattr(self, f.name) + more)
+        for part in parts:
+            for task, tally in part.tallies.items():
+                self._tally(task).merge(tally)
+            self.truncated_requests += part.truncated_requests
+            self.padding += part.padding
+            self.tokens_hf += part.tokens_hf
+            self.start_token_layers += part.start_token_layers
+        self.seconds += max((part.seconds for part in parts), default=0.0)
+
+    @property
+    def total(self) -> Tally:
+        """All tasks together."""
+        total = Tally()
+        for tally in self.tallies.values():
+            total.merge(tally)
+        return total
 
     def report(self) -> dict[str, object]:
-        """The sums for the results file, and the share of full depth that was computed."""
-        done = self.main_token_layers + self.tail_token_layers + self.start_token_layers
-        full = self.full_depth_token_layers
-        ratio = {"token_layer_ratio": round(done / full, 4) if full else None}
-        return asdict(self) | {"seconds": round(self.seconds, 3)} | ratio
+        """The sums for the results file, in all and by task."""
+        return {
+            **self.total.report(self.start_token_layers),
+            "truncated_requests": self.truncated_requests,
+            "padding": self.padding,
+            "tokens_hf": self.tokens_hf,
+            "start_token_layers": self.start_token_layers,
+            "seconds": round(self.seconds, 3),
+            "tasks": {task: tally.report() for task, tally in sorted(self.tallies.items())},
+        }
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -96,3 +253,36 @@ class Account:
             yield
         finally:
             self.seconds += time.perf_counter() - begin
+
+    def _tally(self, task: str) -> Tally:
+        return self.tallies.setdefault(task, Tally())
+
+    def _by_task(self, source: Source, owners: Ints, **amounts: float | NDArray[Any]) -> None:
+        """Add amounts, one for all or one for each owner, a request, to their tasks' sums."""
+        names, which = np.unique(np.array(source.tasks)[owners], return_inverse=True)
+        for name, amount in amounts.items():
+            each = np.broadcast_to(amount, owners.shape)
+            sums = np.bincount(which, weights=each, minlength=len(names))
+            for task, value in zip(names.tolist(), sums.tolist(), strict=True):
+                tally = self._tally(task)
+                whole = isinstance(getattr(tally, name), int)
+                setattr(tally, name, getattr(tally, name) + (int(value) if whole else value))
+
+
+def owners(batch: Batch) -> Ints:
+    """A request for each token of the rows, (B, T): one whose context the token's tree begins with.
+
+    Padding has none, -1.
+    """
+    width = batch.ids.shape[1]
+    b, t = np.divmod(batch.scored[batch.read_at], width)
+    # A token's root is its first ancestor.
+    roots = np.zeros_like(batch.ids) if batch.sees is None else batch.sees.argmax(-1)
+    of_root = np.full(batch.ids.shape, -1, dtype=np.int64)
+    of_root[b[::-1], roots[b, t][::-1]] = batch.requests[::-1]  # the first one wins
+    return np.take_along_axis(of_root, roots, 1)
+
+
+def _mean(exits: Counter[int]) -> float | None:
+    n = exits.total()
+    return round(sum(layer * k for layer, k in exits.items()) / n, 2) if n else None

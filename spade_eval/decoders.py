@@ -20,12 +20,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spade_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Ints
     from spade_eval.lens import LinearLens
@@ -40,14 +43,14 @@ class States:
 
     Attributes:
         h: Hidden states after `layer`, (P, d).
-        layer: l, from 0 (embedding) to L.
+        layer: l, from 0 (embedding) to L; or one for each position, (P,), on the CPU.
         token_ids: The token at each position, (P,).
         start_ids: The token at position 0 of its sequence, (P,).
         positions: Where the token stands in its sequence, counted from 0, (P,).
     """
 
     h: Tensor
-    layer: int
+    layer: int | Tensor
     token_ids: Tensor
     start_ids: Tensor
     positions: Tensor
@@ -59,8 +62,8 @@ class Decoder(Protocol):
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Carry states of `states.layer` into the last layer's space, (P, d) to (P, d)."""
 
-    def tail_tokens(self, positions: Ints) -> int:
-        """How many tokens at these `positions` (P,) `align` sends through the remaining layers."""
+    def tails(self, positions: Ints) -> NDArray[np.bool_]:
+        """Which tokens, by their `positions` (P,), `align` sends through the remaining layers."""
 
     def describe(self) -> dict[str, object]:
         """Name and settings, as they go to the results file."""
@@ -74,9 +77,9 @@ class LogitLens:
         """Return the states themselves."""
         return states.h
 
-    def tail_tokens(self, positions: Ints) -> int:
+    def tails(self, positions: Ints) -> NDArray[np.bool_]:
         """None: it runs no layer."""
-        return 0
+        return np.zeros(len(positions), dtype=bool)
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""
@@ -98,16 +101,24 @@ class Linear:
 
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Apply the map of the states' layer (eq. 7)."""
-        out = self.lens(states.h, states.layer)
+        if isinstance(states.layer, int):
+            if states.layer == backbone.n_layers:
+                return states.h
+            out = self.lens(states.h, states.layer)
+        else:
+            out = states.h.clone()
+            for layer in states.layer.unique().tolist():
+                rows = (states.layer == layer).to(out.device)
+                out[rows] = self.lens(states.h[rows], layer)
         first = states.positions == 0
-        if states.layer < backbone.n_layers and first.any():
+        if first.any():
             own = backbone.start_states(states.start_ids[first]).hidden(backbone.n_layers)
             out[first] = own.to(out.device, out.dtype)
         return out
 
-    def tail_tokens(self, positions: Ints) -> int:
+    def tails(self, positions: Ints) -> NDArray[np.bool_]:
         """None: it runs no layer."""
-        return 0
+        return np.zeros(len(positions), dtype=bool)
 
     def describe(self) -> dict[str, object]:
         """Name."""
@@ -145,7 +156,7 @@ class Spade:
 
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Send the answer tokens through the remaining layers (eq. 6)."""
-        if states.layer == backbone.n_layers:
+        if isinstance(states.layer, int) and states.layer == backbone.n_layers:
             return states.h
         paired = self.start == "keep"
         if self.positions == "keep":
@@ -157,21 +168,24 @@ class Spade:
             starts = states.start_ids if paired else None
             return backbone.tail(states.h, states.layer, states.token_ids, positions, starts)
         later = ~first
+        layer = states.layer
+        if isinstance(layer, Tensor):
+            layer = layer[later.cpu()]
         out = torch.empty_like(states.h)
         own = backbone.start_states(states.start_ids[first]).hidden(backbone.n_layers)
         out[first] = own.to(out.device, out.dtype)
         out[later] = backbone.tail(
             states.h[later],
-            states.layer,
+            layer,
             states.token_ids[later],
             positions[later],
             states.start_ids[later],
         )
         return out
 
-    def tail_tokens(self, positions: Ints) -> int:
+    def tails(self, positions: Ints) -> NDArray[np.bool_]:
         """All, but in pairs not those at position 0."""
-        return int((positions > 0).sum()) if self.start == "keep" else len(positions)
+        return positions > 0 if self.start == "keep" else np.ones(len(positions), dtype=bool)
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""

@@ -105,6 +105,44 @@ def hollow(
         setattr(owner, attribute, layers)
 
 
+@contextmanager
+def narrow_head(model: PreTrainedModel, tokens: Tensor) -> Iterator[bool]:
+    """Put a head of some of the vocabulary's rows in the head's place.
+
+    Whatever the model does to logits, it then does to these.
+
+    Args:
+        model: The model.
+        tokens: The rows, (C,).
+
+    Yields:
+        Whether it was possible: the head is a plain linear layer, not quantised, offloaded or
+        adapted.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+        yield False
+        return
+    some = tokens.to(head.weight.device)
+    narrow = nn.Linear(head.in_features, len(some), bias=head.bias is not None, device="meta")
+    narrow.weight = nn.Parameter(head.weight.detach()[some], requires_grad=False)
+    if head.bias is not None:
+        narrow.bias = nn.Parameter(head.bias.detach()[some], requires_grad=False)
+    places = [
+        (owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if child is head
+    ]
+    for owner, name in places:
+        setattr(owner, name, narrow)
+    try:
+        yield True
+    finally:
+        for owner, name in places:
+            setattr(owner, name, head)
+
+
 def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
     """The model inside a PEFT wrapper, for its name; the wrapper itself stays in use."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

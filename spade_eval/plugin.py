@@ -31,6 +31,9 @@ MODELS = {
     "l_spade": "spade_eval.lm.layer:LSpadeLM",
     "linear_simlens": "spade_eval.lm.layer:LSpadeLM",
     "tuned_lens": "spade_eval.lm.layer:TunedLensLM",
+    "spade_exit": "spade_eval.lm.exit:SpadeExitLM",
+    "simexit": "spade_eval.lm.exit:SpadeExitLM",
+    "lens_exit": "spade_eval.lm.exit:LensExitLM",
 }
 
 _OPT_OUT = "SPADE_EVAL_NO_AUTOLOAD"

@@ -23,10 +23,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from spade_eval import __version__, scoring
+from spade_eval import __version__, checks, scoring
 from spade_eval.backbone import Backbone
 from spade_eval.batching import Batch, collate, cut, footprint
-from spade_eval.cost import Account
+from spade_eval.cost import Account, Prices, Source
 from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lm import arguments
@@ -36,7 +36,7 @@ from spade_eval.lm.windows import may_pack, window
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from spade_eval.trace import Answers
+    from spade_eval.answers import Answers
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,9 @@ class SpadeLM(HFLM):
             )
         self.backbone = Backbone(self.model)
         self.account = Account()
+        self.prices = self._prices(checks.head_operations(self.backbone) / self.backbone.operations)
+        self._source = Source([], np.zeros(0, dtype=bool))
+        self._instances: Sequence[Any] = []
         self._encode = lru_cache(maxsize=8)(super().tok_encode)
 
     # ------------------------------------------------------------------ for subclasses
@@ -89,6 +92,13 @@ class SpadeLM(HFLM):
     def _score(self, batch: Batch, account: Account) -> Answers:
         """Score one batch and add what it cost to `account`."""
         raise NotImplementedError
+
+    def _prices(self, head: float) -> Prices:
+        """What heads and checks cost, given a head's price in token-layers."""
+        return Prices(self.backbone.n_layers, head)
+
+    def _prepare(self, requests: Sequence[TokenRequest]) -> None:
+        """Look at all requests of a call before the first batch."""
 
     def _settings(self) -> dict[str, object]:
         """The decoder's settings, for the results file and the response cache's fingerprint."""
@@ -139,7 +149,7 @@ class SpadeLM(HFLM):
             if not request.args[1]:
                 raise UserError(f"{_place(request)}: empty continuation, an answer without text.")
         try:
-            with self._accounting():
+            with self._accounting(requests):
                 return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         except scoring.BadRequestError as err:
             raise UserError(f"{_place(requests[err.index])}: {err}") from err
@@ -148,7 +158,7 @@ class SpadeLM(HFLM):
         """Log-likelihood of whole texts, in disjoint windows of at most `max_length` tokens."""
         windows: list[TokenRequest] = []
         owners: list[int] = []
-        with self._accounting():
+        with self._accounting(requests):
             for index, request in enumerate(requests):
                 rolling = get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
@@ -159,6 +169,9 @@ class SpadeLM(HFLM):
                 pairs = [(None, *make_disjoint_window(pair)) for pair in rolling]
                 windows.extend(pairs)
                 owners.extend([index] * len(pairs))
+            self._instances = [requests[index] for index in owners]
+            source = self._source
+            self._source = Source([source.tasks[i] for i in owners], source.counted[owners])
             totals = np.zeros(len(requests))
             for owner, (value, _) in zip(
                 owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
@@ -186,6 +199,9 @@ class SpadeLM(HFLM):
                 "the results carry the count.",
                 plan.truncated, len(requests), self.max_length,
             )  # fmt: skip
+        if len(self._source.tasks) != len(requests):  # called with token ids, not by lm-eval
+            self._source = Source(["unknown"] * len(requests), np.ones(len(requests), dtype=bool))
+        self._prepare(requests)
         sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
         bar = tqdm(
             total=len(requests),
@@ -278,8 +294,9 @@ class SpadeLM(HFLM):
     # ------------------------------------------------------------------ results and caches
 
     @contextmanager
-    def _accounting(self) -> Iterator[None]:
-        """Count what happens inside, on all ranks, into `account` of rank 0."""
+    def _accounting(self, requests: Sequence[Any]) -> Iterator[None]:
+        """Count what happens to the requests inside, on all ranks, into `account` of rank 0."""
+        self._instances, self._source = requests, _source(requests)
         total, self.account = self.account, Account()
         parts: list[Account] | None = [self.account]
         try:
@@ -291,6 +308,18 @@ class SpadeLM(HFLM):
         finally:
             self.account = total
             self.account.merge(parts or [])
+            if self.rank == 0:
+                log.info("%s", self._summary())
+
+    def _summary(self) -> str:
+        """One line about what has been computed so far."""
+        total, starts = self.account.total, self.account.start_token_layers
+        report = total.report(starts)
+        exits = report["mean_exit_layer"]
+        mean = "" if exits is None else f"mean exit layer {exits} of {self.prices.n_layers}, "
+        ratio = report["token_layer_ratio"]
+        share = "" if ratio is None else f"{ratio:.1%} of full depth computed, "
+        return f"{total.requests} requests: {mean}{share}{self.account.seconds:.1f} s"
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """As in lm-eval, but refuse a cache of another configuration's answers."""
@@ -311,6 +340,19 @@ class SpadeLM(HFLM):
             "account": self.account.report(),
         }
         return {**super().get_model_info(), "spade": spade}
+
+
+def _source(instances: Sequence[Any]) -> Source:
+    """The tasks of lm-eval's instances.
+
+    A rank with fewer instances than the others is given its last one again, which does not count.
+    """
+    seen: set[int] = set()
+    counted = np.zeros(len(instances), dtype=bool)
+    for index, instance in enumerate(instances):
+        counted[index] = id(instance) not in seen
+        seen.add(id(instance))
+    return Source([str(instance.task_name) for instance in instances], counted)
 
 
 def _place(request: Any) -> str:

@@ -10,9 +10,10 @@ from spade_eval.decoders import Decoder, Linear, LogitLens, Positions, Spade, St
 from spade_eval.errors import UserError, did_you_mean
 from spade_eval.lm import arguments, lenses
 from spade_eval.lm.base import SpadeLM, log
-from spade_eval.trace import Answers, score
+from spade_eval.trace import score
 
 if TYPE_CHECKING:
+    from spade_eval.answers import Answers
     from spade_eval.batching import Batch
     from spade_eval.cost import Account
 
@@ -46,8 +47,8 @@ class FixedLayerLM(SpadeLM):
         known = self.backbone.starts.computed
         answers = score(self.backbone, batch, self.decoder, self.layer, dtype)
         starts = self.backbone.starts.computed - known
-        tail = self.decoder.tail_tokens(batch.scored_positions)
-        account.add(batch, self.layer, self.backbone.n_layers, tail, starts)
+        tails = self.decoder.tails(batch.scored_positions)
+        account.add(batch, self._source, self.prices, self.layer, self.layer, tails, starts)
         return answers
 
     def _settings(self) -> dict[str, object]:

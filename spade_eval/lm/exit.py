@@ -1,0 +1,233 @@
+"""SPADE-EXIT, and classical early exits under the same roof."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from spade_eval.cost import Prices
+from spade_eval.decisions import decide
+from spade_eval.decoders import Linear, LogitLens, Positions, Spade
+from spade_eval.errors import UserError
+from spade_eval.exits import ExitRule, Name, Readout, Scope
+from spade_eval.lm import lenses
+from spade_eval.lm.base import SpadeLM, log
+from spade_eval.trace import Trace, score, score_with_exits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spade_eval.answers import Answers
+    from spade_eval.batching import Batch
+    from spade_eval.cost import Account
+    from spade_eval.decoders import Decoder
+    from spade_eval.lm.base import TokenRequest
+
+
+class SpadeExitLM(SpadeLM):
+    """`--model spade_exit`: SPADE-EXIT (arXiv 2507.17618, Algorithm 1; "SimExit" in its v2).
+
+    Args:
+        pretrained: As in HFLM; the default model if absent.
+        threshold: T. An answer exits at the first candidate layer where its confidence reaches it:
+            entropies from above, in nats, probabilities from below.
+        lens: Folder or hub id of a lens, "identity" for the logit lens; the default model has its
+            own.
+        interval: Candidates are the layers that it divides and that have a map,
+        min_layer: from this one on; half of the layers by default.
+        confidence: "entropy", "choice_entropy" (over the first tokens of the context's own
+            continuations), "top2_margin" or "max_prob".
+        readout: "spade" answers with the two-token tail, "lens" with the map itself.
+        exit_scope: "context" decides once at the last context token for all continuations,
+            "token" at every scored position, "request" by their mean. Whole texts (rolling
+            requests) always decide by token.
+        positions: Of the tail's pairs, see `SpadeLayerLM`.
+        exit_log: File for one JSON line per scored position.
+        force_lens: Whether a lens of another model, of the same size, is a warning only.
+        **kwargs: HFLM's arguments.
+    """
+
+    name = "spade_exit"
+    default_readout: Readout = "spade"
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        threshold: float | None = None,
+        lens: Any = None,
+        interval: int = 2,
+        min_layer: int | None = None,
+        confidence: Name = "entropy",
+        readout: Readout | None = None,
+        exit_scope: Scope = "context",
+        positions: Positions = "reset",
+        exit_log: str | Path | None = None,
+        force_lens: bool = False,
+        **kwargs: Any,
+    ):
+        self.rule = ExitRule(
+            threshold=threshold,  # type: ignore[arg-type]  # None is the error that it reports
+            confidence=confidence,
+            interval=interval,
+            min_layer=min_layer,
+            scope=exit_scope,
+            readout=readout or self.default_readout,
+        )
+        if confidence == "choice_entropy" and exit_scope != "context":
+            raise UserError(
+                f"confidence=choice_entropy asks which choice follows a context; exit_scope="
+                f"{exit_scope} decides elsewhere. Leave exit_scope out, or use confidence=entropy."
+            )
+        spade = Spade(positions=positions)
+        self._positions = positions
+        self._lens_name = lens
+        self._loaded = lenses.load(lens, pretrained is None, self.name)
+        self._log_path = None if exit_log is None else _writable(Path(exit_log))
+        super().__init__(pretrained, **kwargs)
+        self.lens = lenses.fit_to(self._loaded, self.backbone, lens, force_lens)
+        self.candidates = self.rule.candidates(self.backbone.n_layers, self.lens.available)
+        self.decoder: Decoder = spade
+        if self.rule.readout == "lens":
+            identity = self.lens.config.decoder == "identity"
+            self.decoder = LogitLens() if identity else Linear(self.lens)
+        if self.rule.never:
+            log.warning(
+                "threshold=%s can be met by no %s: nothing exits, no check is made.",
+                self.rule.threshold, self.rule.confidence,
+            )  # fmt: skip
+        if positions == "keep" and self.backbone.positions_inert:
+            log.warning("positions=keep has no effect on the tails of %s.", self.backbone.name)
+        self._rule = self.rule
+        self._choices: dict[int, list[int]] = {}
+        if self._log_path is not None:
+            rank = f".rank{self.rank}" if self.rank else ""
+            self._log_path = self._log_path.with_name(self._log_path.name + rank)
+            self._log_path.write_text("")
+
+    def _check_config(self, n_layers: int) -> None:
+        maps = range(n_layers + 1) if self._loaded is None else self._loaded.available
+        self.rule.candidates(n_layers, maps)
+
+    def _prices(self, head: float) -> Prices:
+        map_ = 0.0
+        if self._loaded is not None:  # d^2 multiply-adds, or 2 r d
+            config = self._loaded.config
+            weights = config.width * (2 * config.rank if config.rank else config.width)
+            map_ = 2 * weights / self.backbone.operations
+        # The head at a handful of choices costs nothing beside the map.
+        asked = 0.0 if self.rule.confidence == "choice_entropy" else head
+        return Prices(self.backbone.n_layers, head, map_ + asked)
+
+    # ------------------------------------------------------------------ requests
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As in `SpadeLM`; every token decides for itself."""
+        if self.rule.confidence == "choice_entropy":
+            tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
+            raise UserError(
+                f"{tasks}: confidence=choice_entropy needs answer choices, and whole texts have "
+                "none. Use confidence=entropy."
+            )
+        self._rule = replace(self.rule, scope="token")
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._rule = self.rule
+
+    def _prepare(self, requests: Sequence[TokenRequest]) -> None:
+        if self.rule.confidence != "choice_entropy":
+            return
+        first: dict[tuple[int, ...], dict[int, None]] = {}
+        for _, context, continuation in requests:
+            first.setdefault(tuple(context), {})[continuation[0]] = None
+        self._choices = {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}
+
+    def _score(self, batch: Batch, account: Account) -> Answers:
+        dtype = self.softmax_dtype or torch.float32
+        known = self.backbone.starts.computed
+        if self._rule.never:
+            trace = self._full_depth(batch, dtype)
+        else:
+            trace = score_with_exits(
+                self.backbone, batch, self.decoder, self.lens, self._rule, self._choices, dtype
+            )
+        starts = self.backbone.starts.computed - known
+        who = trace.decisions
+        layers = trace.exit_layers[who.member_of][who.read_from]
+        tails = self.decoder.tails(batch.scored_positions)
+        account.add(batch, self._source, self.prices, trace.passed, layers, tails, starts)
+        account.add_exits(batch, self._source, self.prices, who, trace.exit_layers, trace.checked)
+        if self._log_path is not None and account is self.account:
+            self._write_log(self._log_path, batch, trace, layers)
+        return trace.answers
+
+    def _full_depth(self, batch: Batch, dtype: torch.dtype) -> Trace:
+        """What a threshold that nothing can meet comes to."""
+        n_layers = self.backbone.n_layers
+        who = decide(batch, self._rule.scope)
+        return Trace(
+            answers=score(self.backbone, batch, LogitLens(), n_layers, dtype),
+            decisions=who,
+            exit_layers=np.full(who.count, n_layers),
+            confidence=np.full(who.count, np.nan, dtype=np.float32),
+            passed=np.full(batch.ids.shape, n_layers),
+            checked=np.zeros(who.count, dtype=np.int64),
+        )
+
+    def _write_log(self, path: Path, batch: Batch, trace: Trace, layers: Any) -> None:
+        who = trace.decisions
+        values = trace.confidence[who.member_of][who.read_from]
+        with path.open("a", encoding="utf-8") as file:
+            for n, request in enumerate(batch.requests.tolist()):
+                instance = self._instances[request] if self._instances else None
+                value = float(values[n])
+                line = {
+                    "task": getattr(instance, "task_name", None),
+                    "doc": getattr(instance, "doc_id", None),
+                    "request": getattr(instance, "idx", request),
+                    "position": int(batch.scored_positions[batch.read_at[n]]),
+                    "exit_layer": int(layers[n]),
+                    "confidence": None if np.isnan(value) else round(value, 6),
+                    "token": int(batch.targets[n]),
+                    "logprob": trace.answers.logprobs[n],
+                }
+                file.write(json.dumps(line) + "\n")
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            "decoder": self.name,
+            **self.rule.describe(),
+            "positions": "inert" if self.backbone.positions_inert else self._positions,
+            "candidates": list(self.candidates),
+            **lenses.describe(self.lens, self._lens_name),
+        }
+
+
+class LensExitLM(SpadeExitLM):
+    """`--model lens_exit`: `spade_exit` with `readout=lens` by default.
+
+    With `lens=identity` or a tuned lens these are the early exits of the literature.
+    """
+
+    name = "lens_exit"
+    default_readout: Readout = "lens"
+
+
+def _writable(path: Path) -> Path:
+    """Make sure that a file can be written, before the model is loaded.
+
+    Raises:
+        UserError: It cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as err:
+        raise UserError(f"exit_log={path} cannot be written: {err.strerror}.") from err
+    return path
