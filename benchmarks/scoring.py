@@ -73,8 +73,11 @@ def build(side: str, case: Case, model: Any, tokenizer: Any) -> Any:
     return cls(pretrained=model, tokenizer=tokenizer, **arguments, **case.settings)
 
 
-def evaluate(lm: Any, case: Case) -> tuple[dict[str, Any], float]:
-    """Run a case; returns the results and the seconds spent on its requests."""
+def evaluate(lm: Any, case: Case, manager: Any = None) -> tuple[dict[str, Any], float]:
+    """Run a case; returns the results and the seconds spent on its requests.
+
+    `manager` is lm-eval's `TaskManager`; making one takes seconds.
+    """
     seconds = 0.0
     for name in ("loglikelihood", "loglikelihood_rolling"):
         method = getattr(type(lm), name)
@@ -89,7 +92,12 @@ def evaluate(lm: Any, case: Case) -> tuple[dict[str, Any], float]:
 
         setattr(lm, name, timed)
     results = simple_evaluate(
-        model=lm, tasks=[case.task], limit=case.limit, num_fewshot=case.few_shot, bootstrap_iters=0
+        model=lm,
+        tasks=[case.task],
+        limit=case.limit,
+        num_fewshot=case.few_shot,
+        bootstrap_iters=0,
+        task_manager=manager,
     )
     return results, seconds
 

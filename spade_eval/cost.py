@@ -162,14 +162,19 @@ class Account:
         depth = np.broadcast_to(passed, batch.ids.shape)[real]
         self._by_task(source, owners(batch)[real], tokens=1, main_token_layers=depth)
 
-        # A position counts once, however many requests read it, unless from several layers.
+        scored, one = np.unique(batch.read_at, return_index=True)
+        self._by_task(
+            source,
+            batch.requests[one],
+            positions_scored=1,
+            first_positions=(batch.scored_positions[scored] == 0).astype(int),
+        )
+        # It is answered once, however many requests read it, unless from several layers.
         layer = np.broadcast_to(layers, batch.read_at.shape)
         (at, layer), one = np.unique(np.stack([batch.read_at, layer]), axis=1, return_index=True)
         self._by_task(
             source,
             batch.requests[one],
-            positions_scored=1,
-            first_positions=(batch.scored_positions[at] == 0).astype(int),
             tail_token_layers=np.where(tails[at], n_layers - layer, 0),
             head_token_layers=prices.head,
         )
@@ -200,9 +205,12 @@ class Account:
             layers: Layer of each, (D,).
             checked: Confidences measured for each, (D,).
         """
-        self._by_task(source, who.requests, check_token_layers=checked * prices.check)
+        counted = source.counted[who.requests]
+        checks = checked[counted] * prices.check
+        self._by_task(source, who.requests[counted], check_token_layers=checks)
         could = np.zeros(who.count, dtype=bool)
         could[who.check_of] = True
+        could &= counted
         for request, layer in zip(
             who.requests[could].tolist(), layers[could].tolist(), strict=True
         ):

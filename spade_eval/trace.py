@@ -168,10 +168,15 @@ def score_with_exits(
                 lane.h = _gather(before, source.reshape(-1)).view(*source.shape, -1)
                 lane.depth = layer
 
-    layers = torch.from_numpy(exit_layers[who.member_of])
-    answer = decoder.align(backbone, _states(backbone, batch, h, layers, who.member_at))
-    order = np.argsort(who.read_from, kind="stable")
-    sorted_ = read(backbone, answer, who.read_from[order], batch.targets[order], softmax_dtype)
+    # Members that left a position at the same layer share its answer.
+    left = np.stack([who.member_at, exit_layers[who.member_of]])  # (2, M)
+    (at, layers), one, of = np.unique(left, axis=1, return_index=True, return_inverse=True)
+    picked = h[torch.from_numpy(one).to(device)]
+    left_states = _states(backbone, batch, picked, torch.from_numpy(layers), at)
+    answer = decoder.align(backbone, left_states)
+    read_from = of.reshape(-1)[who.read_from]
+    order = np.argsort(read_from, kind="stable")
+    sorted_ = read(backbone, answer, read_from[order], batch.targets[order], softmax_dtype)
     back = np.argsort(order)
     answers = Answers(
         [sorted_.logprobs[i] for i in back.tolist()], [sorted_.greedy[i] for i in back.tolist()]

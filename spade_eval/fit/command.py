@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spade_eval.errors import UserError, did_you_mean
+from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.fit.settings import FitSettings, check_output
 
 if TYPE_CHECKING:
@@ -68,8 +69,14 @@ def parser() -> argparse.ArgumentParser:
         help="train on all positions after the first, or on those that score the answer",
     )
     p.add_argument("--max_positions", type=int, default=12_000, help="at most (default: 12000)")
-    p.add_argument("--epochs", type=int, default=4, help="at most (default: 4; 0 is ridge alone)")
+    p.add_argument("--epochs", type=int, default=6, help="at most (default: 6; 0 is ridge alone)")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the saved maps (default: float32)",
+    )
     p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
     p.add_argument("--device", help="as in lm_eval: cpu, cuda, cuda:0, mps")
     p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
@@ -104,6 +111,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         rank=args.rank,
         epochs=args.epochs,
         seed=args.seed,
+        dtype=args.dtype,
     )
     check_output(settings, args.resume, args.overwrite)
     # Loading lm-eval takes seconds; bad arguments have been told by now.
@@ -113,6 +121,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from spade_eval.lm.base import SpadeLM
 
     setup_logging()
+    keep_freed_blocks()
     model_args: dict[str, Any] = simple_parse_args_string(args.model_args)
     if args.device is not None:
         model_args["device"] = args.device

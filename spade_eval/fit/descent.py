@@ -47,9 +47,9 @@ class Recipe:
         bf16: Whether the head's products are in bfloat16 while training.
     """
 
-    epochs: int = 4
+    epochs: int = 6
     batch: int = 512
-    learning_rate: float = 4e-4
+    learning_rate: float = 6e-4
     ridge: float = 1e-2
     rank: int | None = None
     seed: int = 0
@@ -173,7 +173,8 @@ class Descent:
             with torch.no_grad():
                 self.parameters[0].zero_()
                 self.parameters[-1].zero_()
-        progress = Progress([min(losses.values())], losses["ridge"], self.map)
+        done = self.recipe.epochs == 0
+        progress = Progress([min(losses.values())], losses["ridge"], self.map, finished=done)
         return self._with_state(progress)
 
     def epochs(self, progress: Progress) -> Iterator[Progress]:
@@ -187,6 +188,8 @@ class Descent:
             stopped = self._epoch(epoch)
             here = self.map
             loss = self._held_out_loss(here) if stopped is None else math.inf
+            if stopped is None and not math.isfinite(loss):
+                stopped = f"layer {self.layer}, epoch {epoch}: held-out loss {loss}"
             better = loss < min(progress.losses)
             progress = self._with_state(
                 Progress(

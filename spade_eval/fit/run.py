@@ -67,10 +67,17 @@ def fit(
         UserError: Bad input; what has been computed stays in the work folder.
     """
     check_output(settings, resume, overwrite)
+    _wait(lm)  # or a slow process would take the work folder of the first for that of another run
     lm.model.requires_grad_(False)  # or descent would spend a third of its time on its gradients
     backbone, layers = lm.backbone, layer_list(settings.layers, lm.backbone.n_layers)
+    if settings.rank is not None and settings.rank > backbone.width:
+        raise UserError(
+            f"rank={settings.rank} is out of range: this model's maps have 1..{backbone.width}."
+        )
     training, held_out = _documents(lm, settings, include_path)
-    requests = [[_request(d, settings.positions) for d in part] for part in (training, held_out)]
+    requests = [
+        [_request(d, settings.positions, lm.layout) for d in part] for part in (training, held_out)
+    ]
     most = (settings.max_positions, max(1, int(settings.max_positions * HELD_OUT)))
     drawn = [
         states.jobs(part, lm.layout, backbone.most_tokens, n, settings.seed)
@@ -81,7 +88,7 @@ def fit(
     recipe = Recipe(
         epochs=settings.epochs, rank=settings.rank, seed=settings.seed, bf16=_bf16(backbone.device)
     )
-    _open_work(lm, settings, asdict(recipe), layers, requests, overwrite)
+    _open_work(lm, settings, asdict(recipe), layers, requests, overwrite and not resume)
 
     begin = time.perf_counter()
     work, n = settings.work, states.count(drawn[0])
@@ -126,7 +133,7 @@ def fit(
         command=command,
         package_version=__version__,
     )
-    lens = LinearLens(config)
+    lens = LinearLens(config).to(getattr(torch, settings.dtype))
     for layer, part in parts.items():
         lens.set_map(layer, part.best.weight, part.best.bias)
         if part.stopped:
@@ -172,11 +179,14 @@ def _documents(
     return training, [d for d in found if (d.task, d.doc_id) in held]
 
 
-def _request(document: documents.Document, positions: str) -> scoring.Request:
+def _request(
+    document: documents.Document, positions: str, layout: scoring.Layout
+) -> scoring.Request:
     """The positions that are read: those that score the answer, or all after the first."""
     if positions == "answer":
         return document
-    whole = document.context + document.continuation
+    # Cut first: what was a context, and may be longer than the model takes, is read from now on.
+    whole = (*scoring.feed(document, layout)[0], document.continuation[-1])
     cut = min(2, len(whole) - 1)
     return scoring.Request(whole[:cut], whole[cut:])
 

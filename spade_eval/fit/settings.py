@@ -28,6 +28,7 @@ class FitSettings:
         rank: Rank of the maps; None for full ones.
         epochs: Passes over the positions, at most.
         seed: Of documents, positions and their order.
+        dtype: Of the saved maps: "float32", or "bfloat16" at half the size.
     """
 
     decoder: Literal["l_spade", "tuned_lens"]
@@ -41,11 +42,13 @@ class FitSettings:
     rank: int | None = None
     epochs: int = Recipe.epochs
     seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def work(self) -> Path:
         """The folder of a run that has not ended."""
-        return self.output.with_name(f".{self.output.name}.fit")
+        output = self.output.absolute()  # "." has no name
+        return output.parent / f".{output.name}.fit"
 
 
 def layer_list(text: str | None, n_layers: int) -> list[int]:
@@ -61,7 +64,7 @@ def layer_list(text: str | None, n_layers: int) -> list[int]:
         if text is None:
             found = list(range(2, n_layers, 2))
         elif parts:
-            found = list(range(*(int(part) for part in parts)))
+            found = sorted(range(*(int(part) for part in parts)))
         else:
             found = sorted({int(part) for part in text.split(",")})
     except (ValueError, TypeError) as err:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -201,6 +202,7 @@ class SpadeLM(HFLM):
             )  # fmt: skip
         if len(self._source.tasks) != len(requests):  # called with token ids, not by lm-eval
             self._source = Source(["unknown"] * len(requests), np.ones(len(requests), dtype=bool))
+            self._instances = []
         self._prepare(requests)
         sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
         bar = tqdm(
@@ -309,7 +311,8 @@ class SpadeLM(HFLM):
             self.account = total
             self.account.merge(parts or [])
             if self.rank == 0:
-                log.info("%s", self._summary())
+                # lm-eval shows no INFO of loggers other than its own.
+                print(self._summary(), file=sys.stderr)
 
     def _summary(self) -> str:
         """One line about what has been computed so far."""
@@ -319,7 +322,8 @@ class SpadeLM(HFLM):
         mean = "" if exits is None else f"mean exit layer {exits} of {self.prices.n_layers}, "
         ratio = report["token_layer_ratio"]
         share = "" if ratio is None else f"{ratio:.1%} of full depth computed, "
-        return f"{total.requests} requests: {mean}{share}{self.account.seconds:.1f} s"
+        who = f"{type(self).__name__}, {total.requests} requests"
+        return f"{who}: {mean}{share}{self.account.seconds:.1f} s"
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """As in lm-eval, but refuse a cache of another configuration's answers."""

@@ -93,8 +93,8 @@ class SpadeExitLM(SpadeLM):
         self.candidates = self.rule.candidates(self.backbone.n_layers, self.lens.available)
         self.decoder: Decoder = spade
         if self.rule.readout == "lens":
-            identity = self.lens.config.decoder == "identity"
-            self.decoder = LogitLens() if identity else Linear(self.lens)
+            # The identity too: at position 0 it answers with the start token's own state.
+            self.decoder = Linear(self.lens)
         if self.rule.never:
             log.warning(
                 "threshold=%s can be met by no %s: nothing exits, no check is made.",
@@ -184,6 +184,8 @@ class SpadeExitLM(SpadeLM):
         values = trace.confidence[who.member_of][who.read_from]
         with path.open("a", encoding="utf-8") as file:
             for n, request in enumerate(batch.requests.tolist()):
+                if not self._source.counted[request]:
+                    continue
                 instance = self._instances[request] if self._instances else None
                 value = float(values[n])
                 line = {

@@ -55,7 +55,7 @@ def require_layer(lens: LinearLens | None, layer: int, name: object) -> None:
     """
     if lens is not None and layer not in lens.available:
         raise UserError(
-            f"lens={name or 'the default lens'} has no map for layer {layer}; it has "
+            f"lens={_name(name)} has no map for layer {layer}; it has "
             f"{', '.join(map(str, lens.available))} (the last is the model itself)."
         )
 
@@ -68,7 +68,7 @@ def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: boo
     """
     if lens is None:
         lens = LinearLens.identity(backbone.n_layers, backbone.width)
-    check(lens, backbone.model, str(name or "the default lens"), force=force)
+    check(lens, backbone.model, _name(name), force=force)
     return lens.to(device=backbone.device, dtype=backbone.model.dtype).requires_grad_(False)
 
 
@@ -78,13 +78,16 @@ def describe(lens: LinearLens, name: object) -> dict[str, object]:
     if config.decoder == "identity":
         return {"lens": "identity"}
     return {
-        "lens": "default"
-        if name is None
-        else str(name)
-        if isinstance(name, (str, Path))
-        else "given",
+        "lens": _name(name),
         "lens_decoder": config.decoder,
         "lens_tasks": list(config.tasks),
         "lens_positions": config.positions,
         "lens_weights": digest(lens.state_dict().items()),
     }
+
+
+def _name(lens: object) -> str:
+    """How messages and results call a lens."""
+    if lens is None:
+        return "default"
+    return str(lens) if isinstance(lens, (str, Path)) else "given in Python"

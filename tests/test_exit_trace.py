@@ -1,0 +1,508 @@
+"""Algorithm 1 against a loop over single sequences, and the layers that it leaves out."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zoo import VOCAB, tiny
+
+from spade_eval.backbone import Backbone
+from spade_eval.batching import collate, cut
+from spade_eval.decoders import Decoder, Linear, Spade
+from spade_eval.exits import ExitRule
+from spade_eval.hollow import narrow_head
+from spade_eval.lens import LinearLens
+from spade_eval.lens_config import LensConfig
+from spade_eval.lm.windows import window
+from spade_eval.scoring import Layout, Request, plan
+from spade_eval.trace import Trace, score, score_with_exits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from spade_eval.batching import Batch
+
+FAMILIES = ["llama", "gpt2", "gemma3", "mistral_sliding", "bloom", "phi", "cohere", "gpt_oss"]
+SCOPES = ["context", "token", "request"]
+ATOL = 1e-4
+CANDIDATES = (1, 2, 3)  # of 4 layers
+
+Key = tuple[int, int]  # request and position
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that meet at every layer of a tiny model take longer than the layer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Read:
+    logprob: float
+    layer: int
+    confidence: float
+
+
+@functools.cache
+def backbone(family: str) -> Backbone:
+    return Backbone(tiny(family))
+
+
+@functools.cache
+def maps(family: str) -> LinearLens:
+    """A lens that nobody fitted."""
+    one = backbone(family)
+    lens = LinearLens(LensConfig("l_spade", family, one.n_layers, one.width, (0, 1, 2, 3)))
+    generator = torch.Generator().manual_seed(7)
+    for layer in range(4):
+        weight = torch.randn(one.width, one.width, generator=generator) * 0.1
+        lens.set_map(layer, weight, torch.randn(one.width, generator=generator) * 0.1)
+    return lens.requires_grad_(False)
+
+
+def identity(family: str) -> LinearLens:
+    return LinearLens.identity(backbone(family).n_layers, backbone(family).width)
+
+
+def rule(threshold: float, **kwargs: Any) -> ExitRule:
+    return ExitRule(threshold, **({"interval": 1, "min_layer": 1} | kwargs))
+
+
+@functools.cache
+def questions(seed: int = 0) -> tuple[Request, ...]:
+    """Contexts with several continuations, contexts that begin others, twins, and position 0."""
+    rng = random.Random(seed)
+
+    def some(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, VOCAB) for _ in range(n))
+
+    found = []
+    for _ in range(3):
+        context = some(rng.randint(2, 8))
+        found += [Request(context, some(rng.randint(1, 4))) for _ in range(2)]
+        longer = found[-1].continuation
+        found.append(Request(context + longer[:1], (*longer[1:], *some(2))))
+    one = some(1)
+    found += [Request(one, some(1)), Request(one, some(3)), Request(*(some(1), some(2)))]
+    return (*found, found[0], found[0])
+
+
+def batches(asked: Any, family: str, packed: bool, batch_size: int = 4) -> list[Batch]:
+    width = window(backbone(family).model.config)
+    packed = packed and backbone(family).packs
+    layout = Layout(64, packed, width, crossover=400.0, batch_size=batch_size)
+    return [collate(rows) for rows in cut(plan(list(asked), layout).rows, batch_size)]
+
+
+def collect(batch: Batch, trace: Trace) -> dict[Key, Read]:
+    who = trace.decisions
+    of = who.member_of[who.read_from]
+    keys = zip(batch.requests.tolist(), batch.scored_positions[batch.read_at].tolist(), strict=True)
+    layers, values = trace.exit_layers[of].tolist(), trace.confidence[of].tolist()
+    reads = zip(trace.answers.logprobs, layers, values, strict=True)
+    return {key: Read(*read) for key, read in zip(keys, reads, strict=True)}
+
+
+@torch.no_grad()
+def run(
+    asked: Any,
+    family: str,
+    exits: ExitRule,
+    lens: LinearLens | None = None,
+    decoder: Decoder | None = None,
+    packed: bool = True,
+    batch_size: int = 4,
+    choices: Any = None,
+) -> dict[Key, Read]:
+    found: dict[Key, Read] = {}
+    for batch in batches(asked, family, packed, batch_size):
+        found |= collect(
+            batch,
+            score_with_exits(
+                backbone(family), batch, decoder or Spade(), lens or identity(family), exits, choices or {}
+            ),
+        )  # fmt: skip
+    assert len(found) == sum(len(r.continuation) for r in asked)
+    return found
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@torch.no_grad()
+def lens_logits(request: Request, family: str, lens: LinearLens) -> np.ndarray:
+    """What a lens says at every token of one sequence and every candidate layer: (3, n, V)."""
+    one = backbone(family)
+    ids = torch.tensor([(request.context + request.continuation)[:-1]])
+    states = one.hidden_states(ids)
+    found = []
+    for layer in CANDIDATES:
+        h = states[layer][0]
+        if lens.config.decoder != "identity":
+            m = lens.layers[str(layer)]
+            h = h + h @ m.weight.T + m.bias
+        found.append(one.logits(h).double().numpy())
+    return np.stack(found)
+
+
+def naive_entropy(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+
+
+def decided_by(request: Request, scope: str, position: int) -> list[int]:
+    """The positions whose confidence decides about one."""
+    first = len(request.context) - 1
+    every = range(first, first + len(request.continuation))
+    found = {"context": [first], "token": [position], "request": list(every)}[scope]
+    return [p for p in found if p > 0]
+
+
+def values(request: Request, scope: str, position: int, entropies: np.ndarray) -> np.ndarray | None:
+    """What a decision sees at the candidates; None if it sees nothing."""
+    at = decided_by(request, scope, position)
+    return entropies[:, at].mean(1) if at else None
+
+
+def naive_layer(seen: np.ndarray | None, threshold: float) -> int:
+    if seen is None:
+        return 4
+    return next((n for n, h in zip(CANDIDATES, seen, strict=True) if h <= threshold), 4)
+
+
+def midways(found: list[float], n: int) -> list[float]:
+    """Thresholds between observed values, away from all of them."""
+    ordered = np.unique(np.array(found))
+    gaps = [(a + b) / 2 for a, b in itertools.pairwise(ordered) if b - a > 1e-3]
+    return [gaps[len(gaps) * (i + 1) // (n + 1)] for i in range(n)]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_read_exits_where_the_loop_says_and_answers_as_spade_does_there(
+    family: str, scope: Any
+) -> None:
+    asked = questions()
+    for lens in (identity(family), maps(family)):
+        entropies = [naive_entropy(lens_logits(r, family, lens)) for r in asked]
+        keys = [(i, len(r.context) - 1 + k) for i, r in enumerate(asked) for k in range(len(r.continuation))]  # fmt: skip
+        seen = {key: values(asked[key[0]], scope, key[1], entropies[key[0]]) for key in keys}
+        fixed = [
+            {key: read for batch in batches(asked, family, False, 64) for key, read in _at(batch, family, layer)}
+            for layer in range(5)
+        ]  # fmt: skip
+        thresholds = midways([float(h) for s in seen.values() if s is not None for h in s], 5)
+        layers = set()
+        for packed, threshold in enumerate(thresholds):
+            found = run(asked, family, rule(threshold, scope=scope), lens, packed=packed % 2 == 0)
+            for key, read in found.items():
+                expected = naive_layer(seen[key], threshold)
+                assert read.layer == expected
+                assert read.logprob == pytest.approx(fixed[expected][key], abs=ATOL)
+                last = None if seen[key] is None else seen[key][CANDIDATES.index(min(expected, 3))]
+                assert read.confidence == pytest.approx(np.nan if last is None else last, abs=1e-4, nan_ok=True)  # fmt: skip
+                layers.add(expected)
+        assert len(layers) > 2, "the thresholds are to spread the exits"
+
+
+def _at(batch: Batch, family: str, layer: int) -> list[tuple[Key, float]]:
+    keys = zip(batch.requests.tolist(), batch.scored_positions[batch.read_at].tolist(), strict=True)
+    answers = score(backbone(family), batch, Spade(), layer)
+    return list(zip(keys, answers.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
+def test_an_infinite_threshold_is_spade_at_the_first_candidate(family: str, scope: Any) -> None:
+    asked = questions(1)
+    exits = rule(float("inf"), scope=scope, min_layer=2)
+    for packed in (True, False):
+        found = run(asked, family, exits, packed=packed)
+        for batch in batches(asked, family, packed):
+            for key, logprob in _at(batch, family, 2):
+                if decided_by(asked[key[0]], scope, key[1]):
+                    assert found[key].layer == 2
+                    assert found[key].logprob == pytest.approx(logprob, abs=ATOL)
+                else:  # no pair to decide by
+                    assert found[key].layer == 4
+
+
+@pytest.mark.parametrize("positions", ["reset", "keep"])
+def test_positions_reach_the_tail(positions: Any) -> None:
+    asked, decoder = questions(1), Spade(positions=positions)
+    found = run(asked, "llama", rule(float("inf")), decoder=decoder)
+    for batch in batches(asked, "llama", True):
+        keys = zip(batch.requests.tolist(), batch.scored_positions[batch.read_at].tolist(), strict=True)  # fmt: skip
+        for key, logprob in zip(keys, score(backbone("llama"), batch, decoder, 1).logprobs, strict=True):  # fmt: skip
+            if found[key].layer == 1:
+                assert found[key].logprob == pytest.approx(logprob, abs=ATOL)
+
+
+@pytest.mark.parametrize("given", ["identity", "maps"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@torch.no_grad()
+def test_the_lens_may_answer_itself(family: str, given: str) -> None:
+    """Its own distribution after an exit; the model's where there was none, and at position 0."""
+    asked = questions(2)
+    lens = identity(family) if given == "identity" else maps(family)
+    logits = [lens_logits(r, family, lens) for r in asked]
+    full = [
+        backbone(family).model(torch.tensor([(r.context + r.continuation)[:-1]])).logits[0].double().numpy()
+        for r in asked
+    ]  # fmt: skip
+    entropies = [naive_entropy(x) for x in logits]
+    (threshold,) = midways([float(h) for e in entropies for h in e.ravel()], 1)
+    for exits in (rule(threshold), rule(threshold, scope="token")):
+        found = run(asked, family, exits, lens, Linear(lens))
+        for (i, position), read in found.items():
+            seen = values(asked[i], exits.scope, position, entropies[i])
+            assert read.layer == naive_layer(seen, threshold)
+            row = full[i] if read.layer == 4 or position == 0 else logits[i][read.layer - 1]
+            token = (asked[i].context + asked[i].continuation)[position + 1]
+            z = row[position]
+            expected = z[token] - z.max() - np.log(np.exp(z - z.max()).sum())
+            assert read.logprob == pytest.approx(expected, abs=ATOL)
+
+
+@pytest.mark.parametrize("confidence", ["top2_margin", "max_prob"])
+def test_probabilities_exit_from_below(confidence: Any) -> None:
+    asked = questions(3)
+    tops = []
+    for r in asked:
+        z = lens_logits(r, "llama", maps("llama"))[:, len(r.context) - 1]
+        p = np.sort(np.exp(z - z.max(-1, keepdims=True)) / np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True), -1)  # fmt: skip
+        tops.append(p[:, -1] - (p[:, -2] if confidence == "top2_margin" else 0))
+    (threshold,) = midways([float(v) for top in tops for v in top], 1)
+    found = run(asked, "llama", rule(threshold, confidence=confidence), maps("llama"))
+    layers = set()
+    for (i, _), read in found.items():
+        reached = [n for n, v in zip(CANDIDATES, tops[i], strict=True) if v >= threshold]
+        expected = 4 if len(asked[i].context) == 1 or not reached else reached[0]
+        assert read.layer == expected
+        layers.add(expected)
+    assert len(layers) > 2
+
+
+def test_choice_entropy_looks_at_the_contexts_own_choices() -> None:
+    layers = set()
+    for family, packed in itertools.product(("llama", "gemma2", "cohere"), (True, False)):
+        asked = questions(4)
+        first: dict[tuple[int, ...], list[int]] = {}
+        for r in asked:
+            if r.continuation[0] not in first.setdefault(r.context, []):
+                first[r.context].append(r.continuation[0])
+        choices = {i: first[r.context] for i, r in enumerate(asked)}
+        entropies = [
+            naive_entropy(lens_logits(r, family, maps(family))[:, len(r.context) - 1][:, choices[i]])
+            for i, r in enumerate(asked)
+        ]  # fmt: skip
+        (threshold,) = midways([float(h) for e in entropies for h in e], 1)
+        exits = rule(threshold, confidence="choice_entropy")
+        found = run(asked, family, exits, maps(family), packed=packed, choices=choices)
+        for (i, _), read in found.items():
+            seen = None if len(asked[i].context) == 1 else entropies[i]
+            assert read.layer == naive_layer(seen, threshold)
+            layers.add(read.layer)
+    assert len(layers) > 2
+
+
+# ---------------------------------------------------------------- what may not matter
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_sliding"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_exit_layers_do_not_increase_with_the_threshold(family: str, scope: Any) -> None:
+    before: dict[Key, Read] | None = None
+    depths = []
+    for threshold in (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, float("inf")):
+        found = run(questions(5), family, rule(threshold, scope=scope))
+        if before is not None:
+            assert all(found[key].layer <= before[key].layer for key in found)
+        before = found
+        depths.append(sum(read.layer for read in found.values()))
+    assert depths[0] == 4 * len(found)
+    assert len(set(depths)) > 2
+
+
+tokens = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=6).map(tuple)
+shared = st.sampled_from([(5, 6, 7, 8, 9), (5, 6, 7), (11,)])
+contexts = st.one_of(shared, st.tuples(shared, tokens).map(lambda pair: pair[0] + pair[1]), tokens)
+
+
+@settings(max_examples=40)  # a case is a dozen runs of a model
+@given(
+    st.lists(st.builds(Request, contexts, tokens), min_size=1, max_size=4),
+    st.sampled_from(["llama", "gemma3", "gpt2", "bloom"]),
+    st.sampled_from(SCOPES),
+    st.floats(0.3, 4.2),
+    st.booleans(),
+    st.integers(1, 9),
+)
+def test_a_decision_depends_on_nothing_but_its_request(
+    asked: list[Request], family: str, scope: Any, threshold: float, packed: bool, batch_size: int
+) -> None:
+    exits, lens = rule(threshold, scope=scope), maps(family)
+    together = run(asked, family, exits, lens, packed=packed, batch_size=batch_size)
+    for i, request in enumerate(asked):
+        alone = run([request], family, exits, lens, packed=False, batch_size=1)
+        entropies = None
+        for (_, position), read in alone.items():
+            other = together[i, position]
+            if other.layer != read.layer:
+                if entropies is None:
+                    entropies = naive_entropy(lens_logits(request, family, lens))
+                seen = values(request, scope, position, entropies)
+                assert seen is not None
+                assert np.abs(seen - threshold).min() < ATOL
+            else:
+                assert other.logprob == pytest.approx(read.logprob, abs=ATOL, rel=1e-5)
+
+
+# ---------------------------------------------------------------- layers that do not run
+
+
+@torch.no_grad()
+def watched(batch: Batch, family: str, exits: ExitRule, decoder: Decoder) -> tuple[Trace, dict, dict]:  # fmt: skip
+    """A trace, and for each layer from 1 the tokens that it saw in the main lane and in the tail.
+
+    The tail alone comes with a cache.
+    """
+    one = backbone(family)
+    one.start_states(torch.from_numpy(batch.start_ids))  # known beforehand, so not seen
+    lane, tail = dict.fromkeys(range(1, 5), 0), dict.fromkeys(range(1, 5), 0)
+
+    def see(layer: int, args: tuple, kwargs: dict, out: Any) -> None:
+        h = out[0] if isinstance(out, tuple) else out
+        caches = [v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")]
+        counts = tail if caches else lane
+        counts[layer] += h.shape[0] * h.shape[1]
+        assert not caches or h.shape[1] == 1, "an answer is one token"
+
+    handles = [
+        module.register_forward_hook(
+            lambda _m, args, kwargs, out, n=n: see(n, args, kwargs, out), with_kwargs=True
+        )
+        for n, module in enumerate(one._layers, 1)
+    ]
+    try:
+        trace = score_with_exits(one, batch, decoder, maps(family), exits, {})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace, lane, tail
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3"])
+def test_layers_see_only_what_has_not_left(family: str, scope: Any) -> None:
+    asked = questions(6)[:-2]
+    left_out = 0
+    for packed, batch_size, threshold in itertools.product((True, False), (1, 4), (1.5, 2.2, 3.0)):
+        for batch in batches(asked, family, packed, batch_size):
+            trace, lane, tail = watched(batch, family, rule(threshold, scope=scope), Spade())
+            who = trace.decisions
+            first = batch.scored_positions[who.member_at] == 0
+            layers = trace.exit_layers[who.member_of][~first]
+            answers = who.member_at[~first] * 5 + layers
+            real = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+            assert not trace.passed[~real].any()
+            for n in range(1, 5):
+                passed = int((trace.passed >= n).sum())
+                padding = lane[n] - passed
+                # One row needs no padding, and keeps none.
+                assert padding == 0 if len(batch.ids) == 1 else 0 <= padding <= batch.ids.size
+                # An answer is one token, for all that read this position from this layer.
+                assert tail[n] == len({*answers[layers < n].tolist()})
+                if not (layers >= n).any():
+                    assert lane[n] == 0
+                left_out += batch.ids.size - lane[n]
+            # No token left before the answers that see it.
+            for member, layer in zip(np.flatnonzero(~first), layers.tolist(), strict=True):
+                at = int(batch.scored[who.member_at[member]])
+                b, t = divmod(at, batch.ids.shape[1])
+                sees = np.arange(t + 1) if batch.sees is None else np.flatnonzero(batch.sees[b, t])
+                assert (trace.passed[b, sees] >= layer).all()
+    assert left_out > 0
+
+
+def test_nothing_runs_above_the_layer_at_which_all_left() -> None:
+    asked = [r for r in questions(6) if len(r.context) > 1]
+    for family, packed in itertools.product(("llama", "gpt2"), (True, False)):
+        for batch in batches(asked, family, packed):
+            trace, lane, tail = watched(batch, family, rule(99.0, min_layer=2), Spade())
+            assert (lane[1], lane[2], lane[3], lane[4]) == (batch.ids.size, batch.ids.size, 0, 0)
+            answers = len(batch.scored)
+            assert tail == {1: 0, 2: 0, 3: answers, 4: answers}
+            assert trace.passed.sum() == 2 * batch.tokens
+            lens = Linear(maps(family))
+            _, lane, tail = watched(batch, family, rule(99.0, min_layer=2), lens)
+            assert (lane[3], lane[4], set(tail.values())) == (0, 0, {0})
+
+
+def test_position_0_keeps_nothing_in_the_lane() -> None:
+    (batch,) = batches([Request((5,), (6,)), Request((7,), (8,))], "llama", False)
+    trace, lane, tail = watched(batch, "llama", rule(1.0), Spade())
+    assert (set(lane.values()), set(tail.values()), trace.passed.sum()) == ({0}, {0}, 0)
+    assert trace.exit_layers.tolist() == [4, 4]
+
+
+def test_checks_are_counted_as_they_are_made() -> None:
+    (batch,) = batches(questions(7), "llama", True, 64)
+    for scope in SCOPES:
+        trace, _, _ = watched(batch, "llama", rule(2.0, scope=scope), Spade())
+        who = trace.decisions
+        positions = np.bincount(who.check_of, minlength=who.count)
+        made = np.where(trace.exit_layers == 4, 3, trace.exit_layers)  # candidates are 1, 2, 3
+        assert (trace.checked == positions * made).all()
+        assert np.isnan(trace.confidence).tolist() == (positions == 0).tolist()
+
+
+# ---------------------------------------------------------------- a head of a few columns
+
+HEADS = ["llama", "gemma2", "cohere", "granite", "phi", "bloom", "opt_projected", "falcon"]
+
+
+@pytest.mark.parametrize("family", HEADS)
+@torch.no_grad()
+def test_some_columns_of_the_logits(family: str) -> None:
+    one = backbone(family)
+    h = torch.randn(5, one.width, generator=torch.Generator().manual_seed(0)) * 3
+    columns = torch.tensor([96, 3, 50])
+    head = one.model.get_output_embeddings()
+    widths = []
+    handle = head.register_forward_hook(lambda *_: widths.append("full"))
+    narrow = one.logits(h, columns)
+    handle.remove()
+    assert not widths, "the whole head was computed"
+    torch.testing.assert_close(narrow, one.logits(h)[:, columns], atol=1e-5, rtol=1e-5)
+    assert one.model.get_output_embeddings() is head
+
+
+def test_the_head_comes_back_whatever_happens() -> None:
+    model = backbone("llama").model
+    head, states = model.get_output_embeddings(), dict(model.state_dict())
+
+    def fail() -> None:
+        with narrow_head(model, torch.tensor([3, 4])):
+            assert model.get_output_embeddings().out_features == 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert model.get_output_embeddings() is head
+    assert model.lm_head is head
+    assert all(states[name] is value or torch.equal(states[name], value) for name, value in model.state_dict().items())  # fmt: skip
