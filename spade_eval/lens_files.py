@@ -102,6 +102,22 @@ def finite(tensors: Mapping[str, Tensor], name: str) -> None:
             raise UserError(f"{key} of {name} holds NaN or infinity. Fit the lens again.")
 
 
+def require_replaceable(folder: Path) -> None:
+    """Make sure that a lens may take a folder's place.
+
+    Raises:
+        UserError: `folder` holds files that are not a lens's, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a lens is a folder. Give another name.")
+    others = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    if others := [other for other in others if other not in {CONFIG, WEIGHTS, CARD}]:
+        raise UserError(
+            f"{folder} holds other files ({', '.join(others[:4])}), and a lens replaces its "
+            "folder. Save it into a folder of its own."
+        )
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Hand out an empty folder beside `folder`, and rename it to that in the end.
@@ -116,12 +132,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder = folder.expanduser().resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        others = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-        if others := [other for other in others if other not in {CONFIG, WEIGHTS, CARD}]:
-            raise UserError(
-                f"{folder} holds other files ({', '.join(others[:4])}), and a lens replaces its "
-                "folder. Save it into a folder of its own."
-            )
+        require_replaceable(folder)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             new, old = work / "new", work / "old"

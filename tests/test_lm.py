@@ -232,7 +232,9 @@ def test_the_account_says_what_the_layers_saw() -> None:
     assert account["main_token_layers"] == 3 * account["tokens"]
     assert account["tail_token_layers"] == tails
     assert account["start_token_layers"] == 4 * starts
-    assert account["full_depth_token_layers"] == 4 * account["tokens"]
+    heads = lm.prices.head * account["positions_scored"]
+    assert account["head_token_layers"] == pytest.approx(heads, abs=0.1)
+    assert account["full_depth_token_layers"] == pytest.approx(4 * account["tokens"] + heads, abs=0.1)
     assert account["tokens"] < account["tokens_hf"]
     assert account["seconds"] > 0
 
@@ -320,4 +322,4 @@ def test_two_ranks_keep_one_account(tmp_path: Path) -> None:
     for rank, lm in enumerate(alone):
         lm.loglikelihood(instances(task_pairs())[rank::2])
     for key in ("requests", "positions_scored", "tokens", "tail_token_layers"):
-        assert merged[key] == sum(getattr(lm.account, key) for lm in alone)
+        assert merged[key] == sum(getattr(lm.account.total, key) for lm in alone)

@@ -115,7 +115,7 @@ def test_empty_continuation_is_named() -> None:
         lm.loglikelihood(instances([("a", "x"), ("b", "")]))
     with pytest.raises(UserError, match="task task, document 1: the continuation has 70 tokens"):
         lm.loglikelihood(instances([("a", "x"), ("b", "y" * 70)]))
-    assert lm.account.requests == 0
+    assert lm.account.total.requests == 0
 
 
 def test_an_error_does_not_lose_the_account() -> None:
@@ -123,7 +123,7 @@ def test_an_error_does_not_lose_the_account() -> None:
     lm.loglikelihood(instances([("a", "x")]))
     with pytest.raises(UserError):
         lm.loglikelihood(instances([("b", "y" * 70)]))
-    assert lm.account.requests == 1
+    assert lm.account.total.requests == 1
 
 
 def test_generation_says_which_models_will_do_it() -> None:
@@ -148,10 +148,10 @@ def answer(lm: Any, path: Path) -> tuple[Any, Any]:
 def test_a_cache_is_used_again_by_its_own_configuration_only(tmp_path: Path) -> None:
     path = tmp_path / "answers.db"
     first, lm = answer(build(SpadeLayerLM, layer=2), path)
-    assert lm.account.requests == 2
+    assert lm.account.total.requests == 2
     again, lm = answer(build(SpadeLayerLM, layer=2), path)
     assert again == first
-    assert lm.account.requests == 0
+    assert lm.account.total.requests == 0
     for other, differs in [
         (build(SpadeLayerLM, layer=3), "layer was 2, is 3"),
         (build(SpadeLayerLM, layer=2, positions="keep"), "positions was 'reset', is 'keep'"),
@@ -200,5 +200,5 @@ def test_a_killed_run_leaves_its_answers_in_the_cache(tmp_path: Path) -> None:
     resumed = build(SpadeLayerLM, layer=2)
     cached = CachingLM(resumed, str(path))
     assert cached.loglikelihood(pairs) == build(SpadeLayerLM, layer=2).loglikelihood(pairs)
-    assert resumed.account.requests == 1
+    assert resumed.account.total.requests == 1
     cached.dbdict.close()

@@ -192,7 +192,7 @@ def test_the_results_name_lens_and_decoder(tmp_path: Path) -> None:
     other = build(TunedLensLM, lens=lens_for("tuned_lens", seed=1), layer=2).get_model_info()[
         "spade"
     ]
-    assert again["lens"] == "given"
+    assert again["lens"] == "given in Python"
     assert again["lens_weights"] == told["lens_weights"] != other["lens_weights"]
 
 

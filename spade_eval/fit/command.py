@@ -25,6 +25,8 @@ examples:
   accelerate launch -m spade_eval fit ...
 """
 
+_ONCE = ("--resume", "--overwrite")  # about this run, not about the lens
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -101,7 +103,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         raise UserError(f"--text {args.text}: there is no such file.")
     settings = FitSettings(
         decoder=args.decoder,
-        output=args.output,
+        output=args.output.expanduser(),
         tasks=tuple(args.tasks.split(",")) if args.tasks else (),
         text=args.text,
         split=args.split,
@@ -132,7 +134,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         resume=args.resume,
         overwrite=args.overwrite,
         include_path=[tasks_path, args.include_path] if args.include_path else tasks_path,
-        command=shlex.join(["spade-eval", "fit", *argv]),
+        command=shlex.join(["spade-eval", "fit", *(a for a in argv if a not in _ONCE)]),
     )
     if lm.rank == 0:
         print(table(lens))

@@ -28,6 +28,7 @@ from spade_eval.fit.maps import Pairs, measure
 from spade_eval.fit.settings import check_output, layer_list
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
+from spade_eval.lm.cache import weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,7 @@ HELD_OUT = 1 / 10  # share of the documents, and of the positions, that decides 
 # Documents are read until they hold this many times the positions asked for, of which a tenth or so
 # is drawn: positions of many documents teach more than all positions of a few.
 TOKENS_PER_POSITION = 8
+ANSWERS_PER_POSITION = 1.2  # of answer positions nearly all are needed, the model tokens being dear
 
 
 def fit(
@@ -153,6 +155,8 @@ def _documents(
     lm: SpadeLM, settings: FitSettings, include_path: Path | list[Path] | None
 ) -> tuple[list[documents.Document], list[documents.Document]]:
     """Documents for training, and those held out."""
+    answers = settings.positions == "answer"
+    wanted = ANSWERS_PER_POSITION if answers else TOKENS_PER_POSITION
     if settings.text is not None:
         found = documents.from_text(lm, settings.text, seed=settings.seed)
     else:
@@ -162,11 +166,11 @@ def _documents(
             settings.split,
             include_path,
             seed=settings.seed,
-            most=max(100, settings.max_positions // 4),
+            most=max(100, int(settings.max_positions * (wanted if answers else 1 / 4))),
         )
-    tokens, budget, kept = 0, TOKENS_PER_POSITION * settings.max_positions, 0
+    tokens, budget, kept = 0, wanted * settings.max_positions, 0
     while kept < len(found) and tokens < budget:
-        tokens += len(found[kept].context) + len(found[kept].continuation)
+        tokens += len(found[kept].continuation) + (0 if answers else len(found[kept].context))
         kept += 1
     found = found[:kept]
     sources = list(dict.fromkeys((d.task, d.doc_id) for d in found))
@@ -255,6 +259,7 @@ def _open_work(
         "max_positions": settings.max_positions,
         **recipe,
         "model": fingerprint(lm.model),
+        "weights": weights_digest(lm.model),
         "adapter": adapter_fingerprint(lm.model),
         "dtype": str(lm.model.dtype),
         "documents": [states.digest(part) for part in requests],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from spade_eval import lens_files
 from spade_eval.errors import UserError
 from spade_eval.fit.descent import Recipe
 
@@ -88,6 +89,7 @@ def check_output(settings: FitSettings, resume: bool, overwrite: bool) -> None:
     output, work = settings.output, settings.work
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists. Give another --output, or --overwrite to replace it.")
+    lens_files.require_replaceable(output)
     if work.exists() and not (resume or overwrite):
         raise UserError(
             f"{work} holds a fit that has not ended: --resume goes on with it, --overwrite begins "
