@@ -2,7 +2,7 @@
 # make test      the test suite, after setup
 # make test-slow the same with the slow tests and more random cases
 # make lint      ruff and mypy
-# make demo      the main job on a real model: multiple choice read from layer 24 of 30, and from all 30
+# make demo      the main job on a real model: SPADE-EXIT, a fixed layer, and all layers, with the account
 # make clean     remove the environment and what builds leave behind
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-DEMO := $(BIN)/spade-eval run --model spade_layer --batch_size 16 --limit 40 \
+DEMO := $(BIN)/spade-eval run --batch_size 16 --limit 40 \
 	--tasks spade_mini_science_text,spade_mini_yesno,spade_mini_health
 
 # The model and the tasks of every target are on this machine once setup is done.
@@ -41,13 +41,16 @@ lint: setup
 	$(BIN)/mypy
 
 demo: setup
+	@echo "== SPADE-EXIT: stop when the entropy of L-SPADE is at most 3.5 nats"
+	$(DEMO) --model spade_exit --model_args threshold=3.5
 	@echo "== SPADE, layer 24 of 30"
-	$(DEMO) --model_args layer=24
+	$(DEMO) --model spade_layer --model_args layer=24
 	@echo "== the whole model (layer=-1), for comparison"
-	$(DEMO) --model_args layer=-1
+	$(DEMO) --model spade_layer --model_args layer=-1
 
 bench: setup
 	$(BIN)/python benchmarks/scoring.py --output results/benchmarks/scoring
+	$(BIN)/python benchmarks/exits.py --part speed
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

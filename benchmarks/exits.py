@@ -47,8 +47,8 @@ SPEED = {  # name: (arguments, bar by task)
     "threshold=4": ({"threshold": 4.0}, {}),
     "threshold=5": ({"threshold": 5.0}, {}),
 }
-ITEMS = {"arc_easy": 200, "boolq": 100}
-ENTROPY, CHOICE = (2.0, 3.0, 3.5, 4.0, 5.0), (0.25, 0.5, 0.75, 1.0, 1.25)
+ITEMS = {"arc_easy": 100, "boolq": 60}
+ENTROPY, CHOICE = (2.0, 3.0, 4.0), (0.5, 0.9, 1.2)
 CURVES: list[dict[str, Any]] = [
     {"confidence": confidence, "readout": readout, "exit_scope": scope, "threshold": threshold}
     for confidence, scope, thresholds in (

@@ -128,6 +128,7 @@ def fit(
         bill={
             "held_out_documents": len(held_out),
             "held_out_positions": states.count(todo) - n,
+            "resumed": resume,  # the states' seconds are then those of the last process
             "seconds_states": round(seconds, 1),
             "seconds_training": round(sum(part.seconds for part in parts.values()), 1),
             "peak_memory_mb": _peak_memory_mb(),
