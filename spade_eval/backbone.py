@@ -30,6 +30,7 @@ from spade_eval.hollow import (
     find_layers,
     hollow,
     narrow_head,
+    probes,
     unwrap_peft,
 )
 from spade_eval.start import StartStates, StartStore
@@ -92,7 +93,8 @@ class Backbone:
             raise UnsupportedModelError(
                 f"{self.name} has a prompt-learning adapter, whose virtual tokens have no ids."
             )
-        self.width, self.vocab_size, self._tuple_size = checks.measure(self)
+        self.width, self.vocab_size, tuple_size = checks.measure(self)
+        self._probes = probes(self._layers, tuple_size)
         self.starts = StartStore(self._compute_starts)
         self.positions_inert, self.packs = checks.run(self)
         self.starts.clear()  # those of the checks: scoring may run under autocast, in another dtype
@@ -130,14 +132,15 @@ class Backbone:
             if self._cache_name is None:
                 raise UnsupportedModelError(f"{self.name} keeps no key/value cache.")
             inputs[self._cache_name] = cache
-        with self._hollow() as probes:
+        with self._hollow() as passed:
             self.decoder(**inputs)
-        calls = [probe.call for probe in probes if probe.call is not None]
-        if probes[0].states is None or len(calls) < self.n_layers:
+            calls = [probe.call for probe in passed if probe.call is not None]
+            h = passed[0].states
+        if h is None or len(calls) < self.n_layers:
             raise UnsupportedModelError(
                 f"{self.name} calls {len(calls)} of its {self.n_layers} layers."
             )
-        return Lane(probes[0].states, 0, calls)
+        return Lane(h, 0, calls)
 
     def additive_mask(self, sees: Tensor) -> Tensor:
         """Turn (B, T, T), true where token t sees token s, into an additive (B, 1, T, T) mask."""
@@ -298,4 +301,4 @@ class Backbone:
         return [lane.h] + [self.advance(lane, layer).h for layer in range(1, self.n_layers + 1)]
 
     def _hollow(self, output: Tensor | None = None) -> AbstractContextManager[list[Probe]]:
-        return hollow(self._owner, self._attribute, self._layers, self._tuple_size, output)
+        return hollow(self._owner, self._attribute, self._probes, output)
