@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Batch, Ints
-    from spade_eval.exits import ExitRule
+    from spade_eval.exits import ExitRule, Scope
     from spade_eval.hollow import Lane
     from spade_eval.lens import LinearLens
 
@@ -99,20 +99,23 @@ def score(
 
 def score_with_exits(
     backbone: Backbone,
-    batch: Batch,
+    batches: Sequence[Batch],
     decoder: Decoder,
     lens: LinearLens,
     rule: ExitRule,
     choices: Mapping[int, Sequence[int]],
     softmax_dtype: torch.dtype = torch.float32,
-) -> Trace:
-    """SPADE-EXIT (Algorithm 1) for a batch.
+) -> list[Trace]:
+    """SPADE-EXIT (Algorithm 1) for batches that climb side by side.
 
-    A decision is taken from its own positions alone: whatever shares its batch, it is the same.
+    A check of a few positions takes as long as one of many: it reads the whole head. So the main
+    lanes of several batches stop at the same candidate layers, and what they have to check, to send
+    on alone and to read is computed together. A decision is taken from its own positions alone:
+    whatever climbs beside it, it is the same.
 
     Args:
         backbone: The model.
-        batch: The batch.
+        batches: The batches; the states of all of them are held at once.
         decoder: What answers after an exit.
         lens: Its maps are asked for the confidence.
         rule: Threshold, candidate layers, scope.
@@ -120,95 +123,154 @@ def score_with_exits(
             `choice_entropy`.
         softmax_dtype: The log-softmax is computed in this type.
     """
-    n_layers, device = backbone.n_layers, backbone.device
-    who = decide(batch, rule.scope)
-    exit_layers = np.full(who.count, n_layers)
-    confidence = np.full(who.count, np.nan, dtype=np.float32)
-    checked = np.zeros(who.count, dtype=np.int64)
-    passed = np.zeros(batch.ids.size, dtype=np.int64)
-    first = batch.scored_positions[who.member_at] == 0
-    # A start token answers with its own stored state: it alone keeps nothing in the lane.
-    undecided = np.zeros(who.count, dtype=bool)
-    undecided[who.member_of[~first]] = True
-    h = torch.empty(len(who.member_at), backbone.width, dtype=backbone.model.dtype, device=device)
-
-    rows = rows_of(batch)
-    lane = enter(backbone, rows)
-    for layer in (*rule.candidates(n_layers, lens.available), n_layers):
-        if not undecided.any():
+    climbs = [_Climb(backbone, batch, rule.scope) for batch in batches]
+    for layer in (*rule.candidates(backbone.n_layers, lens.available), backbone.n_layers):
+        going = [climb for climb in climbs if climb.undecided.any()]
+        for climb in going:
+            climb.advance(layer)
+        if layer == backbone.n_layers:
+            for climb in going:
+                climb.leave(layer, climb.undecided)
             break
-        backbone.advance(lane, layer)
-        passed[rows.origin[rows.real]] = layer
-        if layer < n_layers:
-            checks = undecided[who.check_of]
-            at, of = who.check_at[checks], who.check_of[checks]
-            if not len(at):
-                continue
-            states = _gather(lane, rows.where(batch.scored[at])).to(device)  # (K, d)
-            values = _confidence(backbone, lens(states, layer), at, of, who, rule, batch, choices)
-            measured = np.unique(of)
-            confidence[measured] = values[measured]
-            np.add.at(checked, of, 1)
-            leaving = undecided & rule.confident(torch.from_numpy(values)).numpy()
-        else:
-            leaving = undecided
-        if not leaving.any():
+        checks = [climb.to_check() for climb in going]
+        states = [climb.gather(at) for climb, (at, _) in zip(going, checks, strict=True)]
+        if not sum(map(len, states)):
             continue
-        exit_layers[leaving] = layer
-        members = np.flatnonzero(leaving[who.member_of] & ~first)
-        at = rows.where(batch.scored[who.member_at[members]])
-        h[torch.from_numpy(members).to(device)] = _gather(lane, at).to(device, h.dtype)
-        undecided = undecided & ~leaving
-        still = undecided[who.member_of] & ~first
-        if still.any() and layer < n_layers:
-            open_at = batch.scored[np.unique(who.member_at[still])]
-            if (found := compact(rows, open_at)) is not None:
-                rows, source = found
-                before, lane = lane, enter(backbone, rows)
-                lane.h = _gather(before, source.reshape(-1)).view(*source.shape, -1)
-                lane.depth = layer
+        requests = np.concatenate(
+            [climb.who.requests[of] for climb, (_, of) in zip(going, checks, strict=True)]
+        )
+        values = _confidence(backbone, lens(torch.cat(states), layer), requests, rule, choices)
+        for climb, (_, of), own in zip(
+            going, checks, values.split([len(h) for h in states]), strict=True
+        ):
+            climb.leave(layer, climb.confident(own, of, rule))
+    return _answer(backbone, climbs, decoder, softmax_dtype)
 
-    # Members that left a position at the same layer share its answer.
-    left = np.stack([who.member_at, exit_layers[who.member_of]])  # (2, M)
-    (at, layers), one, of = np.unique(left, axis=1, return_index=True, return_inverse=True)
-    picked = h[torch.from_numpy(one).to(device)]
-    left_states = _states(backbone, batch, picked, torch.from_numpy(layers), at)
-    answer = decoder.align(backbone, left_states)
-    read_from = of.reshape(-1)[who.read_from]
-    order = np.argsort(read_from, kind="stable")
-    sorted_ = read(backbone, answer, read_from[order], batch.targets[order], softmax_dtype)
-    back = np.argsort(order)
-    answers = Answers(
-        [sorted_.logprobs[i] for i in back.tolist()], [sorted_.greedy[i] for i in back.tolist()]
-    )
-    return Trace(answers, who, exit_layers, confidence, passed.reshape(batch.ids.shape), checked)
+
+class _Climb:
+    """One batch on its way up, and what is known about its decisions."""
+
+    def __init__(self, backbone: Backbone, batch: Batch, scope: Scope):
+        self.backbone, self.batch = backbone, batch
+        self.who = who = decide(batch, scope)
+        self.exit_layers = np.full(who.count, backbone.n_layers)
+        self.confidence = np.full(who.count, np.nan, dtype=np.float32)
+        self.checked = np.zeros(who.count, dtype=np.int64)
+        self.passed = np.zeros(batch.ids.size, dtype=np.int64)
+        # A start token answers with its own stored state: it alone keeps nothing in the lane.
+        self.later = batch.scored_positions[who.member_at] > 0
+        self.undecided = np.zeros(who.count, dtype=bool)
+        self.undecided[who.member_of[self.later]] = True
+        self.h = torch.empty(
+            len(who.member_at), backbone.width, dtype=backbone.model.dtype, device=backbone.device
+        )
+        self.rows = rows_of(batch)
+        self.lane = enter(backbone, self.rows)
+
+    def advance(self, layer: int) -> None:
+        """Run what is left of the main lane up to `layer`."""
+        self.backbone.advance(self.lane, layer)
+        self.passed[self.rows.origin[self.rows.real]] = layer
+
+    def to_check(self) -> tuple[Ints, Ints]:
+        """Scored positions whose confidence is wanted, (K,), and their decisions, (K,)."""
+        open_ = self.undecided[self.who.check_of]
+        return self.who.check_at[open_], self.who.check_of[open_]
+
+    def gather(self, at: Ints) -> Tensor:
+        """States of scored positions where the lane now is, (K, d)."""
+        flat = self.rows.where(self.batch.scored[at])
+        return _gather(self.lane, flat).to(self.backbone.device)
+
+    def confident(self, values: Tensor, of: Ints, rule: ExitRule) -> NDArray[np.bool_]:
+        """Keep the values (K,) of decisions (K,); which undecided ones may exit, (D,)."""
+        decisions = torch.from_numpy(of).to(values.device)
+        means = request_mean(values, decisions, self.who.count).cpu()
+        np.add.at(self.checked, of, 1)
+        self.confidence[of] = means.numpy()[of]
+        return self.undecided & rule.confident(means).numpy()
+
+    def leave(self, layer: int, leaving: NDArray[np.bool_]) -> None:
+        """Take the states of decisions (D,) that exit; drop from the lane what nobody needs."""
+        if not leaving.any():
+            return
+        who = self.who
+        self.exit_layers[leaving] = layer
+        members = np.flatnonzero(leaving[who.member_of] & self.later)
+        h = self.gather(who.member_at[members])
+        self.h[torch.from_numpy(members).to(h.device)] = h.to(self.h.dtype)
+        self.undecided = self.undecided & ~leaving
+        still = self.undecided[who.member_of] & self.later
+        if not still.any():
+            return
+        open_at = self.batch.scored[np.unique(who.member_at[still])]
+        if (found := compact(self.rows, open_at)) is not None:
+            self.rows, source = found
+            before, self.lane = self.lane, enter(self.backbone, self.rows)
+            self.lane.h = _gather(before, source.reshape(-1)).view(*source.shape, -1)
+            self.lane.depth = layer
 
 
 def _confidence(
     backbone: Backbone,
     aligned: Tensor,
-    at: Ints,
-    of: Ints,
-    who: Decisions,
+    requests: Ints,
     rule: ExitRule,
-    batch: Batch,
     choices: Mapping[int, Sequence[int]],
-) -> NDArray[np.float32]:
-    """The confidence of every decision, (D,), from states of its positions, (K, d); else NaN."""
-    if rule.confidence == "choice_entropy":
-        own = [choices[request] for request in who.requests[of].tolist()]
-        tokens = sorted({token for some in own for token in some})
-        column = {token: i for i, token in enumerate(tokens)}
-        exists = torch.zeros(len(own), len(tokens), dtype=torch.bool, device=aligned.device)
-        for row, some in enumerate(own):
-            exists[row, [column[token] for token in some]] = True
-        logits = backbone.logits(aligned, torch.tensor(tokens, device=aligned.device))  # (K, C)
-        values = rule.measure(logits.to(exists.device), exists)
-    else:
+) -> Tensor:
+    """The confidence, (K,), of states in the last layer's space, (K, d), and their requests."""
+    if rule.confidence != "choice_entropy":
         blocks = aligned.split(backbone.logits_rows(torch.float32))
-        values = torch.cat([rule.measure(backbone.logits(block)) for block in blocks])
-    decisions = torch.from_numpy(of).to(values.device)
-    return request_mean(values, decisions, who.count).cpu().numpy()
+        return torch.cat([rule.measure(backbone.logits(block)) for block in blocks])
+    own = [choices[request] for request in requests.tolist()]
+    tokens = sorted({token for some in own for token in some})
+    column = {token: i for i, token in enumerate(tokens)}
+    exists = torch.zeros(len(own), len(tokens), dtype=torch.bool)
+    for row, some in enumerate(own):
+        exists[row, [column[token] for token in some]] = True
+    logits = backbone.logits(aligned, torch.tensor(tokens, device=aligned.device))  # (K, C)
+    return rule.measure(logits, exists.to(logits.device))
+
+
+def _answer(
+    backbone: Backbone, climbs: Sequence[_Climb], decoder: Decoder, softmax_dtype: torch.dtype
+) -> list[Trace]:
+    """Let the decoder and the head answer for all that left, at once."""
+    states: list[States] = []
+    read_from: list[Ints] = []
+    offset = 0
+    for climb in climbs:
+        who = climb.who
+        # Members that left a position at the same layer share its answer.
+        left = np.stack([who.member_at, climb.exit_layers[who.member_of]])  # (2, M)
+        (at, layers), one, of = np.unique(left, axis=1, return_index=True, return_inverse=True)
+        h = climb.h[torch.from_numpy(one).to(climb.h.device)]
+        states.append(_states(backbone, climb.batch, h, torch.from_numpy(layers), at))
+        read_from.append(of.reshape(-1)[who.read_from] + offset)
+        offset += len(at)
+    names = ("h", "layer", "token_ids", "start_ids", "positions")
+    together = States(*(torch.cat([getattr(s, name) for s in states]) for name in names))
+    targets = np.concatenate([climb.batch.targets for climb in climbs])
+    reads = np.concatenate(read_from)
+    order = np.argsort(reads, kind="stable")
+    h = decoder.align(backbone, together)
+    found = read(backbone, h, reads[order], targets[order], softmax_dtype)
+    logprobs, greedy = np.empty(len(reads)), np.empty(len(reads), dtype=bool)
+    logprobs[order], greedy[order] = found.logprobs, found.greedy
+    traces, first = [], 0
+    for climb in climbs:
+        own = slice(first, first := first + len(climb.batch.targets))
+        traces.append(
+            Trace(
+                Answers(logprobs[own].tolist(), greedy[own].tolist()),
+                climb.who,
+                climb.exit_layers,
+                climb.confidence,
+                climb.passed.reshape(climb.batch.ids.shape),
+                climb.checked,
+            )
+        )
+    return traces
 
 
 def _states(backbone: Backbone, batch: Batch, h: Tensor, layer: int | Tensor, at: Ints) -> States:

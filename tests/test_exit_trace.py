@@ -127,13 +127,13 @@ def run(
     choices: Any = None,
 ) -> dict[Key, Read]:
     found: dict[Key, Read] = {}
-    for batch in batches(asked, family, packed, batch_size):
-        found |= collect(
-            batch,
-            score_with_exits(
-                backbone(family), batch, decoder or Spade(), lens or identity(family), exits, choices or {}
-            ),
+    every = list(batches(asked, family, packed, batch_size))
+    for beside in (every[i : i + 3] for i in range(0, len(every), 3)):  # climb side by side
+        traces = score_with_exits(
+            backbone(family), beside, decoder or Spade(), lens or identity(family), exits, choices or {}
         )  # fmt: skip
+        for batch, trace in zip(beside, traces, strict=True):
+            found |= collect(batch, trace)
     assert len(found) == sum(len(r.continuation) for r in asked)
     return found
 
@@ -399,7 +399,7 @@ def watched(batch: Batch, family: str, exits: ExitRule, decoder: Decoder) -> tup
         for n, module in enumerate(one._layers, 1)
     ]
     try:
-        trace = score_with_exits(one, batch, decoder, maps(family), exits, {})
+        (trace,) = score_with_exits(one, [batch], decoder, maps(family), exits, {})
     finally:
         for handle in handles:
             handle.remove()

@@ -3,7 +3,7 @@
     loglikelihood(requests) -> token ids -> plan -> batches -> `_score` -> answer per request
     loglikelihood_rolling(pages) -> windows -> the same -> one sum per page
 
-A subclass says what happens to one batch. Everything else is HFLM's: loading, tokenizer, chat
+A subclass says what happens to a batch. Everything else is HFLM's: loading, tokenizer, chat
 template, devices, ranks, PEFT, quantisation.
 """
 
@@ -90,8 +90,11 @@ class SpadeLM(HFLM):
     def _check_config(self, n_layers: int) -> None:
         """Check own arguments against a model of `n_layers`, before its weights are loaded."""
 
-    def _score(self, batch: Batch, account: Account) -> Answers:
-        """Score one batch and add what it cost to `account`."""
+    most_tokens_at_once = 0
+    """Batches of less than so many tokens are scored with the next ones."""
+
+    def _score(self, batches: Sequence[Batch], account: Account) -> Sequence[Answers]:
+        """Score batches and add what they cost to `account`."""
         raise NotImplementedError
 
     def _prices(self, head: float) -> Prices:
@@ -210,8 +213,7 @@ class SpadeLM(HFLM):
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
-        for batch in self._batches(plan, override_bs):
-            answers = self._run(batch, self.account)
+        for batch, answers in self._answered(self._batches(plan, override_bs)):
             np.add.at(sums, batch.requests, answers.logprobs)
             np.logical_and.at(greedy, batch.requests, answers.greedy)
             # A request lies in one batch: what is done survives a kill in --use_cache.
@@ -275,7 +277,7 @@ class SpadeLM(HFLM):
 
         def attempt(batch_size: int) -> int:
             largest = max(cut(rows, batch_size), key=footprint)
-            self._run(collate(largest), Account())
+            self._run([collate(largest)], Account())
             return batch_size
 
         # Shrinks the size whenever memory runs out.
@@ -288,10 +290,21 @@ class SpadeLM(HFLM):
         log.info("batch_size=auto: %d", size)
         return size
 
-    def _run(self, batch: Batch, account: Account) -> Answers:
+    def _answered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Answers]]:
+        """Score batches, as many side by side as together have `most_tokens_at_once`."""
+        held: list[Batch] = []
+        for batch in batches:
+            held.append(batch)
+            if sum(b.ids.size for b in held) >= self.most_tokens_at_once:
+                yield from zip(held, self._run(held, self.account), strict=True)
+                held = []
+        if held:
+            yield from zip(held, self._run(held, self.account), strict=True)
+
+    def _run(self, batches: Sequence[Batch], account: Account) -> Sequence[Answers]:
         autocast = self.mixed_precision_dtype is not None
         with torch.autocast(self.device.type, dtype=self.mixed_precision_dtype, enabled=autocast):
-            return self._score(batch, account)
+            return self._score(batches, account)
 
     # ------------------------------------------------------------------ results and caches
 

@@ -147,16 +147,25 @@ class SpadeExitLM(SpadeLM):
             first.setdefault(tuple(context), {})[continuation[0]] = None
         self._choices = {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}
 
-    def _score(self, batch: Batch, account: Account) -> Answers:
+    # States of 1,000 tokens take 2.3 MB for 135M in fp32, 8 MB for 7B in bf16.
+    most_tokens_at_once = 8192
+
+    def _score(self, batches: Sequence[Batch], account: Account) -> list[Answers]:
         dtype = self.softmax_dtype or torch.float32
         known = self.backbone.starts.computed
         if self._rule.never:
-            trace = self._full_depth(batch, dtype)
+            traces = [self._full_depth(batch, dtype) for batch in batches]
         else:
-            trace = score_with_exits(
-                self.backbone, batch, self.decoder, self.lens, self._rule, self._choices, dtype
+            traces = score_with_exits(
+                self.backbone, batches, self.decoder, self.lens, self._rule, self._choices, dtype
             )
         starts = self.backbone.starts.computed - known
+        for batch, trace in zip(batches, traces, strict=True):
+            self._count(batch, trace, starts, account)
+            starts = 0  # once for all of them
+        return [trace.answers for trace in traces]
+
+    def _count(self, batch: Batch, trace: Trace, starts: int, account: Account) -> None:
         who = trace.decisions
         layers = trace.exit_layers[who.member_of][who.read_from]
         tails = self.decoder.tails(batch.scored_positions)
@@ -164,7 +173,6 @@ class SpadeExitLM(SpadeLM):
         account.add_exits(batch, self._source, self.prices, who, trace.exit_layers, trace.checked)
         if self._log_path is not None and account is self.account:
             self._write_log(self._log_path, batch, trace, layers)
-        return trace.answers
 
     def _full_depth(self, batch: Batch, dtype: torch.dtype) -> Trace:
         """What a threshold that nothing can meet comes to."""

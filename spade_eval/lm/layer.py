@@ -13,6 +13,8 @@ from spade_eval.lm.base import SpadeLM, log
 from spade_eval.trace import score
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spade_eval.answers import Answers
     from spade_eval.batching import Batch
     from spade_eval.cost import Account
@@ -42,7 +44,10 @@ class FixedLayerLM(SpadeLM):
     def _check_config(self, n_layers: int) -> None:
         arguments.layer(self.layer, n_layers)
 
-    def _score(self, batch: Batch, account: Account) -> Answers:
+    def _score(self, batches: Sequence[Batch], account: Account) -> list[Answers]:
+        return [self._score_one(batch, account) for batch in batches]
+
+    def _score_one(self, batch: Batch, account: Account) -> Answers:
         dtype = self.softmax_dtype or torch.float32
         known = self.backbone.starts.computed
         answers = score(self.backbone, batch, self.decoder, self.layer, dtype)
