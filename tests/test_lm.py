@@ -234,7 +234,9 @@ def test_the_account_says_what_the_layers_saw() -> None:
     assert account["start_token_layers"] == 4 * starts
     heads = lm.prices.head * account["positions_scored"]
     assert account["head_token_layers"] == pytest.approx(heads, abs=0.1)
-    assert account["full_depth_token_layers"] == pytest.approx(4 * account["tokens"] + heads, abs=0.1)
+    assert account["full_depth_token_layers"] == pytest.approx(
+        4 * account["tokens"] + heads, abs=0.1
+    )
     assert account["tokens"] < account["tokens_hf"]
     assert account["seconds"] > 0
 

@@ -197,7 +197,7 @@ def test_settings_and_account_go_to_the_results() -> None:
     expected = {
         "decoder": "spade_exit", "threshold": 4.0, "confidence": "entropy", "interval": 2,
         "exit_scope": "context", "readout": "spade", "positions": "reset", "candidates": [2],
-        "lens": "given", "lens_decoder": "l_spade", "layers": 4,
+        "lens": "given in Python", "lens_decoder": "l_spade", "layers": 4,
     }  # fmt: skip
     assert {k: spade[k] for k in expected} == expected
     account = spade["account"]
@@ -389,7 +389,7 @@ def test_a_cache_is_one_settings_own(tmp_path: Path) -> None:
         (exit_lm(exit_scope="token"), "exit_scope was 'context', is 'token'"),
         (exit_lm(readout="lens"), "readout was 'spade', is 'lens'"),
         (exit_lm(min_layer=2), "min_layer was 1, is 2"),
-        (exit_lm(lens=lens()), "lens was 'identity', is 'given'"),
+        (exit_lm(lens=lens()), "lens was 'identity', is 'given in Python'"),
     ]:
         with pytest.raises(UserError, match=f"answers of another configuration.*{differs}"):
             answer(other)
