@@ -150,10 +150,11 @@ def start_tokens(lm: Any, pairs: list[tuple[str, str]]) -> list[int]:
     seen: dict[int, int] = {}
     score = lm._score
 
-    def look(batch: Any, account: Any) -> Any:
-        for request, at in zip(batch.requests, batch.read_at, strict=True):
-            seen[int(request)] = int(batch.start_ids[at])
-        return score(batch, account)
+    def look(batches: Any, account: Any) -> Any:
+        for batch in batches:
+            for request, at in zip(batch.requests, batch.read_at, strict=True):
+                seen[int(request)] = int(batch.start_ids[at])
+        return score(batches, account)
 
     lm._score = look
     lm.loglikelihood(instances(pairs))
@@ -268,11 +269,11 @@ def test_automatic_batch_size_shrinks_until_the_largest_batch_fits() -> None:
     lm._device = torch.device("meta")  # anything but the CPU, where memory does not run out in time
     score, sizes = lm._score, []
 
-    def run_out_of_memory(batch: Any, account: Any) -> Any:
-        sizes.append(batch.ids.size)
-        if batch.ids.size > 400:
+    def run_out_of_memory(batches: Any, account: Any) -> Any:
+        sizes.append(sum(batch.ids.size for batch in batches))
+        if sizes[-1] > 400:
             raise RuntimeError("CUDA out of memory.")
-        return score(batch, account)
+        return score(batches, account)
 
     lm._run = run_out_of_memory
     close(lm.loglikelihood(requests), expected)
