@@ -55,6 +55,11 @@ class Batch:
     tokens_hf: int
 
     @property
+    def real(self) -> NDArray[np.bool_]:
+        """Which entries are tokens and not padding, (B, T)."""
+        return np.arange(self.ids.shape[1]) < self.lengths[:, None]
+
+    @property
     def tokens(self) -> int:
         """Tokens that are not padding."""
         return int(self.lengths.sum())

@@ -158,7 +158,7 @@ class Account:
         self.padding += batch.ids.size - batch.tokens
         self.tokens_hf += batch.tokens_hf
         self.start_token_layers += starts * n_layers
-        real = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+        real = batch.real
         depth = np.broadcast_to(passed, batch.ids.shape)[real]
         self._by_task(source, owners(batch)[real], tokens=1, main_token_layers=depth)
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spade_eval.errors import UserError, did_you_mean
+from spade_eval.errors import require_known
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,15 +101,13 @@ class Linear:
 
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Apply the map of the states' layer (eq. 7)."""
-        if isinstance(states.layer, int):
-            if states.layer == backbone.n_layers:
-                return states.h
-            out = self.lens(states.h, states.layer)
-        else:
-            out = states.h.clone()
-            for layer in states.layer.unique().tolist():
-                rows = (states.layer == layer).to(out.device)
-                out[rows] = self.lens(states.h[rows], layer)
+        if isinstance(states.layer, int) and states.layer == backbone.n_layers:
+            return states.h
+        layers = torch.as_tensor(states.layer).expand(len(states.h))
+        out = states.h.clone()
+        for layer in layers.unique().tolist():
+            rows = (layers == layer).to(out.device)
+            out[rows] = self.lens(states.h[rows], layer)
         first = states.positions == 0
         if first.any():
             own = backbone.start_states(states.start_ids[first]).hidden(backbone.n_layers)
@@ -148,11 +146,7 @@ class Spade:
             ("positions", self.positions, get_args(Positions)),
             ("start", self.start, get_args(Start)),
         ):
-            if value not in valid:
-                raise UserError(
-                    f"{setting}={value!r} is not known; valid: {', '.join(valid)}."
-                    + did_you_mean(str(value), valid)
-                )
+            require_known(setting, value, valid)
 
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Send the answer tokens through the remaining layers (eq. 6)."""

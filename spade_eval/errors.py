@@ -20,6 +20,20 @@ class UnsupportedModelError(UserError):
     """The model cannot be decoded from its middle; names its class and the check that it failed."""
 
 
+def require_known(setting: str, value: object, valid: Iterable[str]) -> None:
+    """Make sure that a setting has one of its values.
+
+    Raises:
+        UserError: Names the setting, what was given, what is valid and what was probably meant.
+    """
+    names = list(valid)
+    if value not in names:
+        raise UserError(
+            f"{setting}={value!r} is not known; valid: {', '.join(names)}."
+            + did_you_mean(str(value), names)
+        )
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Name the nearest valid spelling, ready to be appended to an error message.
 

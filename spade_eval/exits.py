@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from spade_eval.errors import UserError, did_you_mean
+from spade_eval.errors import UserError, require_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -241,11 +241,12 @@ class ExitRule:
             ("exit_scope", self.scope, get_args(Scope)),
             ("readout", self.readout, get_args(Readout)),
         ):
-            if value not in valid:
-                raise UserError(
-                    f"{argument}={value!r} is not known; valid: {', '.join(valid)}."
-                    + did_you_mean(str(value), valid)
-                )
+            require_known(argument, value, valid)
+        if self.confidence == "choice_entropy" and self.scope != "context":
+            raise UserError(
+                f"confidence=choice_entropy asks which choice follows a context; exit_scope="
+                f"{self.scope} decides elsewhere. Leave exit_scope out, or use confidence=entropy."
+            )
         # lm-eval's command line may give 2 as 2.0 and inf as a string; from here on they are what
         # the annotations say.
         object.__setattr__(self, "threshold", _threshold(self.threshold, self.confidence))

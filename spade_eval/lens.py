@@ -229,9 +229,26 @@ class _Map(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(P, d) to (P, d)."""
-        if self.rank is not None:
-            return linear(linear(h, self.down.to(h)), self.up.to(h), self.bias.to(h))
-        return linear(h, self.weight.to(h), self.bias.to(h))
+        if self.rank is None:
+            return affine(h, self.weight.to(h), self.bias.to(h))
+        return affine(h, (self.up.to(h), self.down.to(h)), self.bias.to(h))
+
+
+def affine(h: Tensor, weight: Weight, bias: Tensor) -> Tensor:
+    """A h + b.
+
+    Args:
+        h: (P, d).
+        weight: A, (d, d), or its factors, (d, r) and (r, d).
+        bias: b, (d,).
+
+    Returns:
+        (P, d).
+    """
+    if isinstance(weight, Tensor):
+        return linear(h, weight, bias)
+    up, down = weight
+    return linear(linear(h, down), up, bias)
 
 
 def low_rank(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from huggingface_hub import ModelCardData
 
 from spade_eval import __version__
-from spade_eval.errors import UserError, did_you_mean
+from spade_eval.errors import UserError, require_known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,11 +83,7 @@ class LensConfig:
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
-            if (value := getattr(self, name)) not in valid:
-                raise UserError(
-                    f"{name}={value!r} is not known; valid: {', '.join(valid)}."
-                    + did_you_mean(str(value), valid)
-                )
+            require_known(name, getattr(self, name), valid)
         for name, least in _LEAST.items():
             if not _is_int(value := getattr(self, name), least):
                 raise UserError(f"{name}={value!r} is not an integer of at least {least}.")

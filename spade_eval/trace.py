@@ -59,9 +59,8 @@ class Trace:
 
 def rows_of(batch: Batch) -> Rows:
     """A batch's rows before anything has left."""
-    real = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
     origin = np.arange(batch.ids.size).reshape(batch.ids.shape)
-    return Rows(batch.ids, real, batch.positions, batch.sees, origin)
+    return Rows(batch.ids, batch.real, batch.positions, batch.sees, origin)
 
 
 def enter(backbone: Backbone, rows: Rows) -> Lane:

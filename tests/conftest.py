@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports huggingface_hub or tokenizers, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,3 +36,14 @@ def default_model_dir() -> Path:
     from spade_eval.default_model import default_model_path
 
     return default_model_path()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that meet at every layer of a tiny model take longer than the layer."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

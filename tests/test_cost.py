@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from test_lm import build, text
 
@@ -19,20 +18,11 @@ from spade_eval.decisions import decide
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.scoring import Layout, Request, plan
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 SCOPES = ["context", "token", "request"]
 EVERY = {"lens": "identity", "interval": 1, "min_layer": 1}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads that meet at every layer of a tiny model take longer than the layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def instances(tasks: tuple[str, ...] = ("task",), seed: int = 0, start: str = "Q") -> list[Instance]:  # fmt: skip

@@ -27,8 +27,6 @@ from spade_eval.scoring import Layout, Request, plan
 from spade_eval.trace import Trace, score, score_with_exits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from spade_eval.batching import Batch
 
 FAMILIES = ["llama", "gpt2", "gemma3", "mistral_sliding", "bloom", "phi", "cohere", "gpt_oss"]
@@ -39,13 +37,7 @@ CANDIDATES = (1, 2, 3)  # of 4 layers
 Key = tuple[int, int]  # request and position
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads that meet at every layer of a tiny model take longer than the layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,12 @@ from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 EVERY = {"lens": "identity", "interval": 1, "min_layer": 1}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads that meet at every layer of a tiny model take longer than the layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def exit_lm(threshold: Any = 4.0, cls: Any = SpadeExitLM, **kwargs: Any) -> Any:

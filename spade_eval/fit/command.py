@@ -60,24 +60,36 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--tasks", help="lm-eval tasks whose training documents are used, a,b,c")
     source.add_argument("--text", type=Path, help='.jsonl with a "text" per line, or plain text')
-    p.add_argument("--split", default="train", help="split of the tasks (default: train)")
+    p.add_argument(
+        "--split", default=FitSettings.split, help="split of the tasks (default: %(default)s)"
+    )
     p.add_argument("--model_args", default="", help="as in lm_eval: pretrained=...,dtype=...")
     p.add_argument("--layers", help="FROM:TO:STEP, a list a,b,c, or all (default: the even ones)")
     p.add_argument("--rank", type=int, help="rank of the maps (default: full)")
     p.add_argument(
         "--positions",
-        default="all",
+        default=FitSettings.positions,
         choices=["all", "answer"],
         help="train on all positions after the first, or on those that score the answer",
     )
-    p.add_argument("--max_positions", type=int, default=12_000, help="at most (default: 12000)")
-    p.add_argument("--epochs", type=int, default=6, help="at most (default: 6; 0 is ridge alone)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--max_positions",
+        type=int,
+        default=FitSettings.max_positions,
+        help="at most (default: %(default)s)",
+    )
+    p.add_argument(
+        "--epochs",
+        type=int,
+        default=FitSettings.epochs,
+        help="at most (default: %(default)s; 0 is ridge alone)",
+    )
+    p.add_argument("--seed", type=int, default=FitSettings.seed)
     p.add_argument(
         "--dtype",
-        default="float32",
+        default=FitSettings.dtype,
         choices=["float32", "bfloat16"],
-        help="of the saved maps (default: float32)",
+        help="of the saved maps (default: %(default)s)",
     )
     p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
     p.add_argument("--device", help="as in lm_eval: cpu, cuda, cuda:0, mps")

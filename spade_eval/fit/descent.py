@@ -22,14 +22,15 @@ from torch.nn.functional import linear
 
 from spade_eval.backbone import LOGITS_BYTES
 from spade_eval.errors import UserError
-from spade_eval.fit.maps import Affine, Pairs, measure, soft_cross_entropy, whiten
-from spade_eval.lens import low_rank
+from spade_eval.fit.maps import Affine, Pairs, cross_entropy, soft_cross_entropy, whiten
+from spade_eval.lens import affine, low_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from spade_eval.backbone import Backbone
+    from spade_eval.lens import Weight
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ class Progress:
             [tensors[f"{kind}.{i}"] for i in range(sum(name.startswith(kind) for name in tensors))]
             for kind in ("best", "state")
         )
-        weight = best[0] if len(best) == 2 else (best[0], best[1])
-        return cls(best=Affine(weight, best[-1]), tensors=state, **about)
+        return cls(best=Affine(*weight_and_bias(best)), tensors=state, **about)
 
 
 class Descent:
@@ -148,8 +148,7 @@ class Descent:
     @property
     def map(self) -> Affine:
         """The map as it now is, of plain inputs."""
-        *parts, bias = self.parameters
-        return self.whitening.fold(parts[0] if len(parts) == 1 else (parts[0], parts[1]), bias)
+        return self.whitening.fold(*weight_and_bias(self.parameters))
 
     def start(self) -> Progress:
         """The ridge solution; the identity where that is better, since few positions fit nothing.
@@ -227,10 +226,7 @@ class Descent:
         h, t = self.training.h[rows].float(), self.training.t[rows]
         w, dtype = self.whitening, self.backbone.model.dtype
         x = linear(h - w.mean.float(), w.forward.float())
-        *parts, bias = self.parameters
-        for part in reversed(parts[1:]):
-            x = linear(x, part)
-        mapped = h + w.scale * linear(x, parts[0], bias)
+        mapped = h + w.scale * affine(x, *weight_and_bias(self.parameters))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bf16):
             with torch.no_grad():
                 teacher = self.backbone.logits(t)
@@ -246,7 +242,7 @@ class Descent:
         return max(1, LOGITS_BYTES // (4 * self.backbone.vocab_size))
 
     def _held_out_loss(self, map_: Affine) -> float:
-        return measure(self.backbone, map_, self.held_out)["ce"]
+        return cross_entropy(self.backbone, map_, self.held_out)
 
     # ------------------------------------------------------------------ state
 
@@ -269,6 +265,12 @@ class Descent:
         }
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def weight_and_bias(tensors: Sequence[Tensor]) -> tuple[Weight, Tensor]:
+    """A, one matrix or two factors, and b, as they lie in a list."""
+    *parts, bias = tensors
+    return (parts[0] if len(parts) == 1 else (parts[0], parts[1])), bias
 
 
 def one_cycle(done: float) -> float:

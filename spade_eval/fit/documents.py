@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.utils import maybe_delimit
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from spade_eval.errors import UserError, did_you_mean
+from spade_eval.lm.pages import token_windows
 from spade_eval.scoring import Request
 
 if TYPE_CHECKING:
@@ -249,11 +249,9 @@ def _encode(lm: HFLM, context: str, continuation: str) -> TokenPair:
 
 def _windows(lm: HFLM, text: str) -> list[TokenPair]:
     """Disjoint windows of a text, as lm-eval's `loglikelihood_rolling` makes them."""
-    ids = lm.tok_encode(text)
-    if not ids:
+    if not (windows := token_windows(lm, text)):
         raise UserError("the text is empty")
-    rolling = get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, context_len=1)
-    return [make_disjoint_window(pair) for pair in rolling]
+    return windows
 
 
 @contextmanager

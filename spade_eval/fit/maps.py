@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from spade_eval.lens import affine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from spade_eval.backbone import Backbone
     from spade_eval.lens import Weight
@@ -40,10 +41,7 @@ class Affine:
 
     def __call__(self, h: Tensor) -> Tensor:
         """(P, d) to (P, d)."""
-        if isinstance(self.weight, Tensor):
-            return h + linear(h, self.weight, self.bias)
-        up, down = self.weight
-        return h + linear(linear(h, down), up, self.bias)
+        return h + affine(h, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,16 @@ def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
+def cross_entropy(backbone: Backbone, read: Callable[[Tensor], Tensor], pairs: Pairs) -> float:
+    """The `ce` of `measure`, without the rest."""
+    total = sum(
+        -float(torch.dot(log_p.exp().flatten(), log_q.flatten()))
+        for _, log_p, log_q in _log_probs(backbone, read, pairs)
+    )
+    return total / len(pairs.h)
+
+
+@torch.no_grad()
 def measure(
     backbone: Backbone,
     read: Callable[[Tensor], Tensor],
@@ -157,20 +165,26 @@ def measure(
     sums = dict.fromkeys(("ce", "kl", "entropy", "agree_teacher", "agree_full"), 0.0)
     if full is None:
         del sums["agree_full"]
-
-    def head(h: Tensor) -> Tensor:
-        return backbone.logits(h.to(backbone.model.dtype)).float()
-
-    for at in torch.arange(len(pairs.h)).split(backbone.logits_rows(torch.float32)):
-        log_p = head(pairs.t[at]).log_softmax(-1)
-        log_q = head(read(pairs.h[at].float())).log_softmax(-1)
+    for at, log_p, log_q in _log_probs(backbone, read, pairs):
         top = log_q.argmax(-1)
         sums["agree_teacher"] += int((top == log_p.argmax(-1)).sum())
         if full is not None:
-            sums["agree_full"] += int((top == head(full[at]).argmax(-1)).sum())
+            sums["agree_full"] += int((top == backbone.logits(full[at]).argmax(-1)).sum())
         p = log_p.exp()
         ce = -float(torch.dot(p.flatten(), log_q.flatten()))
         sums["ce"] += ce
         sums["kl"] += ce + float(torch.dot(p.flatten(), log_p.flatten()))
         sums["entropy"] -= float(torch.dot(log_q.exp().flatten(), log_q.flatten()))
     return {name: value / len(pairs.h) for name, value in sums.items()}
+
+
+def _log_probs(
+    backbone: Backbone, read: Callable[[Tensor], Tensor], pairs: Pairs
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Positions, the teacher's and the map's log-probabilities (P', V), a block at a time."""
+
+    def log_softmax(h: Tensor) -> Tensor:
+        return backbone.logits(h.to(backbone.model.dtype)).float().log_softmax(-1)
+
+    for at in torch.arange(len(pairs.h)).split(backbone.logits_rows(torch.float32)):
+        yield at, log_softmax(pairs.t[at]), log_softmax(read(pairs.h[at].float()))

@@ -28,7 +28,7 @@ from spade_eval.fit.maps import Pairs, measure
 from spade_eval.fit.settings import check_output, layer_list
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
-from spade_eval.lm.cache import weights_digest
+from spade_eval.lm.cache import differences, weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -281,13 +281,10 @@ def _open_work(
         except OSError as err:
             raise UserError(f"{work} cannot be written: {err.strerror}.") from err
     _wait(lm)
-    there = json.loads(path.read_text())
-    differs = [name for name in about if there.get(name) != about[name]]
-    if differs:
-        was = "; ".join(f"{n} was {there.get(n)!r}, is {about[n]!r}" for n in differs)
+    if differs := differences(json.loads(path.read_text()), about):
         raise UserError(
-            f"{work} holds a fit with other settings ({was}). Resume with the same ones, or begin "
-            "anew with --overwrite."
+            f"{work} holds a fit with other settings ({differs}). Resume with the same ones, or "
+            "begin anew with --overwrite."
         )
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from spade_eval import __version__, checks, scoring
@@ -32,6 +31,7 @@ from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lm import arguments
 from spade_eval.lm.cache import fingerprint, guard
+from spade_eval.lm.pages import token_windows
 from spade_eval.lm.windows import may_pack, window
 
 if TYPE_CHECKING:
@@ -164,14 +164,8 @@ class SpadeLM(HFLM):
         owners: list[int] = []
         with self._accounting(requests):
             for index, request in enumerate(requests):
-                rolling = get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=1,
-                )
-                pairs = [(None, *make_disjoint_window(pair)) for pair in rolling]
-                windows.extend(pairs)
+                pairs = token_windows(self, request.args[0])
+                windows.extend((None, *pair) for pair in pairs)
                 owners.extend([index] * len(pairs))
             self._instances = [requests[index] for index in owners]
             source = self._source

@@ -16,7 +16,7 @@ from spade_eval import __version__
 from spade_eval.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
 
     from torch import nn
 
@@ -36,13 +36,18 @@ def guard(responses: MutableMapping[str, Any], fingerprint: dict[str, object]) -
             "Give another --use_cache path."
         )
     if seen is not None and seen != fingerprint:
-        names = sorted(k for k in {*seen, *fingerprint} if seen.get(k) != fingerprint.get(k))
-        differs = "; ".join(f"{k} was {seen.get(k)!r}, is {fingerprint.get(k)!r}" for k in names)
         raise UserError(
-            f"This --use_cache file holds answers of another configuration ({differs}). "
+            "This --use_cache file holds answers of another configuration "
+            f"({differences(seen, fingerprint)}). "
             "Give another --use_cache path, one per configuration."
         )
     responses[KEY] = fingerprint
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, for a message; empty if nothing does."""
+    names = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    return "; ".join(f"{n} was {was.get(n)!r}, is {now.get(n)!r}" for n in names)
 
 
 def fingerprint(lm: Any, settings: dict[str, object]) -> dict[str, object]:

@@ -78,11 +78,6 @@ class SpadeExitLM(SpadeLM):
             scope=exit_scope,
             readout=readout or self.default_readout,
         )
-        if confidence == "choice_entropy" and exit_scope != "context":
-            raise UserError(
-                f"confidence=choice_entropy asks which choice follows a context; exit_scope="
-                f"{exit_scope} decides elsewhere. Leave exit_scope out, or use confidence=entropy."
-            )
         spade = Spade(positions=positions)
         self._positions = positions
         self._lens_name = lens
