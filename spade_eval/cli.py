@@ -154,6 +154,13 @@ def _fit(argv: list[str]) -> int:
     return fit_main(argv, tasks_path())
 
 
+def _finetune(argv: list[str]) -> int:
+    """Train an adapter."""
+    from spade_eval.fit.lora_command import main as finetune_main
+
+    return finetune_main(argv, tasks_path())
+
+
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
@@ -168,6 +175,7 @@ def _tasks_path(argv: list[str]) -> int:
 _COMMANDS = {
     "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
     "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
+    "finetune": _Command("train a LoRA adapter on tasks, for peft= of all models", _finetune),
     "tasks-path": _Command(
         "print the folder of our task files, for lm_eval --include_path", _tasks_path
     ),

@@ -175,7 +175,7 @@ One affine map per layer, F_l(h) = h + A_l h + b_l ({shape}), fitted to {teacher
 layer l: an answer without the layers above it.
 
 {
-        _table(
+        table(
             ["", ""],
             [
                 ["base model", config.base_model + revision],
@@ -209,7 +209,7 @@ LENS is this repository's id or a folder with its files. In Python:
 ## Training
 
 {
-        _table(
+        table(
             ["", ""],
             [
                 ["data", ", ".join(config.tasks)],
@@ -230,11 +230,11 @@ The command:
 
 ## Measured
 
-{_table(["layer", *keys], rows) if rows else "Nothing."}
+{table(["layer", *keys], rows) if rows else "Nothing."}
 """
 
 
-def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table; numbers with four digits."""
     lines = [list(head)]
     lines += [["---"] * len(lines[0]), *map(list, rows)]

@@ -28,9 +28,10 @@ from spade_eval.errors import UserError
 from spade_eval.lens_config import LensConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FILES = frozenset({CONFIG, WEIGHTS, CARD})
 PARAMS = "params.pt"  # what the tuned-lens package writes in place of WEIGHTS
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _NO_PICKLE = (
@@ -102,24 +103,24 @@ def finite(tensors: Mapping[str, Tensor], name: str) -> None:
             raise UserError(f"{key} of {name} holds NaN or infinity. Fit the lens again.")
 
 
-def require_replaceable(folder: Path) -> None:
-    """Make sure that a lens may take a folder's place.
+def require_replaceable(folder: Path, what: str = "lens", files: Collection[str] = FILES) -> None:
+    """Make sure that a lens, or what else consists of `files`, may take a folder's place.
 
     Raises:
-        UserError: `folder` holds files that are not a lens's, or is a file.
+        UserError: `folder` holds other files, or is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a lens is a folder. Give another name.")
+        raise UserError(f"{folder} is a file; the {what} is a folder. Give another name.")
     others = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    if others := [other for other in others if other not in {CONFIG, WEIGHTS, CARD}]:
+    if others := [other for other in others if other not in files]:
         raise UserError(
-            f"{folder} holds other files ({', '.join(others[:4])}), and a lens replaces its "
+            f"{folder} holds other files ({', '.join(others[:4])}), and the {what} replaces its "
             "folder. Save it into a folder of its own."
         )
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, what: str = "lens", files: Collection[str] = FILES) -> Iterator[Path]:
     """Hand out an empty folder beside `folder`, and rename it to that in the end.
 
     An error in between leaves the old lens. A first save is one rename. Replacing a lens takes two:
@@ -127,12 +128,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder beside it.
 
     Raises:
-        UserError: `folder` holds files that are not a lens's, or cannot be written.
+        UserError: `folder` holds other files than `files`, or cannot be written.
     """
     folder = folder.expanduser().resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        require_replaceable(folder)
+        require_replaceable(folder, what, files)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             new, old = work / "new", work / "old"
@@ -150,7 +151,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
     except (OSError, SafetensorError) as err:
         raise UserError(
-            f"A lens cannot be written to {folder} ({err}). Give a folder that "
+            f"The {what} cannot be written to {folder} ({err}). Give a folder that "
             "can be, with room for it."
         ) from err
 

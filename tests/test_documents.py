@@ -299,9 +299,9 @@ def test_only_what_is_taken_is_formatted(lm: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         lm, "tok_encode", lambda *args, **kw: calls.append(args) or encode(*args, **kw)
     )
-    template, formatted = documents._format, []
+    template, formatted = documents.right_answer, []
     monkeypatch.setattr(
-        documents, "_format", lambda *args: formatted.append(args) or template(*args)
+        documents, "right_answer", lambda *args: formatted.append(args) or template(*args)
     )
     assert len(from_tasks(lm, THREE, include_path=TASKS, most=6)) == 6
     assert len(formatted) == 6

@@ -432,7 +432,7 @@ def test_an_existing_lens_stays_unless_told_otherwise(text: Path, tmp_path: Path
 def test_a_run_that_has_not_ended_is_resumed_or_begun_anew(text: Path, tmp_path: Path) -> None:
     given = settings(tmp_path / "lens", text=text)
     half_done(given)
-    with pytest.raises(UserError, match=r"\.lens\.fit holds a fit that has not ended: --resume"):
+    with pytest.raises(UserError, match=r"\.lens\.fit holds a run that has not ended: --resume"):
         fit(lm(), given)
     other = settings(tmp_path / "lens", text=text, seed=1)
     fit(lm(), other, overwrite=True)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.utils import maybe_delimit
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 TokenPair = tuple[list[int], list[int]]  # context, continuation
 
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}  # ours: lm-eval's
@@ -75,11 +76,18 @@ def from_tasks(
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is not known; valid: {', '.join(SPLITS)}.")
+    return of_tasks(lm, load_tasks(names, include_path), split, seed=seed, most=most)
+
+
+def of_tasks(
+    lm: HFLM, tasks: dict[str, Any], split: str, *, seed: int = 0, most: int | None = None
+) -> list[Document]:
+    """`from_tasks` for tasks that are loaded: {name: task}."""
     streams = []
-    for name, task in _load(names, include_path).items():
-        rows = _rows(name, task, split)
-        streams.append(_documents(name, rows, partial(_format, lm, task), seed))
-    return _take(streams, most)
+    for name, task in tasks.items():
+        rows = rows_of(name, task, split)
+        streams.append(_documents(name, rows, partial(right_answer, lm, task), seed))
+    return take(streams, most)
 
 
 def from_text(lm: HFLM, path: Path, *, seed: int = 0, most: int | None = None) -> list[Document]:
@@ -104,7 +112,7 @@ def from_text(lm: HFLM, path: Path, *, seed: int = 0, most: int | None = None) -
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"{path} has no text in it.")
-    return _take([_documents(path.name, texts, partial(_windows, lm), seed)], most)
+    return take([_documents(path.name, texts, partial(_windows, lm), seed)], most)
 
 
 def _json_text(place: str, line: str) -> str:
@@ -120,19 +128,15 @@ def _documents(
     name: str, rows: Sequence[Any], encode: Callable[[Any], list[TokenPair]], seed: int
 ) -> Generator[Document, None, None]:
     """Distinct documents in shuffled order; when closed, tells how many rows were left out."""
-    # A text as seed is hashed the same way everywhere. With the name in it, what stands beside a
-    # task does not change the task's own order.
-    order = list(range(len(rows)))
-    random.Random(f"{seed} {name}").shuffle(order)
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     taken, unusable, first = 0, 0, ""
     try:
-        for taken, doc_id in enumerate(order, 1):  # noqa: B007 - for the warning
+        for taken, doc_id in enumerate(shuffled(name, len(rows), seed), 1):  # noqa: B007 - for the warning
             try:
                 pairs = encode(rows[doc_id])
             except Exception as err:  # a task's own functions fail as they like on unlabelled rows
                 unusable += 1
-                first = first or f"; the first, row {doc_id}: {_cause(err)}"
+                first = first or f"; the first, row {doc_id}: {cause(err)}"
                 continue
             for pair in pairs:
                 context, continuation = map(tuple, pair)
@@ -148,24 +152,33 @@ def _documents(
             log.warning("%d of %d rows of %s are unusable%s.", unusable, taken, name, first)
 
 
-def _take(streams: list[Generator[Document, None, None]], most: int | None) -> list[Document]:
-    """One document of each stream in turn."""
+def shuffled(name: str, n_rows: int, seed: int) -> list[int]:
+    """The order in which the rows of a task or file are read."""
+    # A text as seed is hashed the same way everywhere. With the name in it, what stands beside a
+    # task does not change the task's own order.
+    order = list(range(n_rows))
+    random.Random(f"{seed} {name}").shuffle(order)
+    return order
+
+
+def take(streams: Sequence[Generator[T, None, None]], most: int | None) -> list[T]:
+    """One item of each stream in turn."""
     if most is not None and most < 1:
         raise UserError(f"{most} documents are asked for: give a number from 1 up.")
-    documents: list[Document] = []
+    items: list[T] = []
     turns = deque(streams)
-    while turns and len(documents) != most:
-        if (document := next(turns[0], None)) is None:
+    while turns and len(items) != most:
+        if (item := next(turns[0], None)) is None:
             turns.popleft()
         else:
-            documents.append(document)
+            items.append(item)
             turns.rotate(-1)
     for stream in streams:
         stream.close()
-    return documents
+    return items
 
 
-def _load(names: Sequence[str], include_path: Any) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], include_path: Any) -> dict[str, Any]:
     """Build the named tasks, each once, in the order of the names."""
     manager = TaskManager(include_path=include_path)
     tasks: dict[str, Any] = {}
@@ -183,7 +196,7 @@ def _load(names: Sequence[str], include_path: Any) -> dict[str, Any]:
     return tasks
 
 
-def _rows(name: str, task: Any, split: str) -> Sequence[Any]:
+def rows_of(name: str, task: Any, split: str) -> Sequence[Any]:
     """The rows of a split, after the task's own filter."""
     own = getattr(type(task), "construct_requests", None)
     if own is not ConfigurableTask.construct_requests or getattr(task, "MULTIMODAL", False):
@@ -202,7 +215,7 @@ def _rows(name: str, task: Any, split: str) -> Sequence[Any]:
         return rows if hasattr(rows, "__getitem__") else list(rows)
 
 
-def _format(lm: HFLM, task: Any, row: Any) -> list[TokenPair]:
+def right_answer(lm: HFLM, task: Any, row: Any) -> list[TokenPair]:
     """Token ids of a row: what the task asks, and the first right answer."""
     prefix = task.doc_to_prefix(row)
     context = task.fewshot_context(row, num_fewshot=0, gen_prefix=prefix)
@@ -210,7 +223,7 @@ def _format(lm: HFLM, task: Any, row: Any) -> list[TokenPair]:
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return _windows(lm, *requests.args)
     if task.OUTPUT_TYPE == "loglikelihood":
-        return [_encode(lm, *requests.args)]
+        return [token_pair(lm, *requests.args)]
     # Where the choices are contexts, the question is the index of the right one.
     gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
     gold = gold[0] if isinstance(gold, list) else gold
@@ -222,16 +235,16 @@ def _format(lm: HFLM, task: Any, row: Any) -> list[TokenPair]:
             raise UserError(f"the right answer is {gold!r}, of {len(choices)} choices")
         if task.OUTPUT_TYPE == "multiple_choice":
             # Requests behind those of the choices belong to acc_mutual_info.
-            return [_encode(lm, *requests[gold].args)]
+            return [token_pair(lm, *requests[gold].args)]
         gold = choices[gold]
     if not isinstance(gold, (str, int, float)):
         raise UserError(f"the right answer is {gold!r}")
     # As lm-eval joins question, prefix and answer in its few-shot examples.
     joined = maybe_delimit(prefix, str(gold))[len(prefix) :] if prefix else None
-    return [_encode(lm, context, joined or f"{task.config.target_delimiter}{gold}")]
+    return [token_pair(lm, context, joined or f"{task.config.target_delimiter}{gold}")]
 
 
-def _encode(lm: HFLM, context: str, continuation: str) -> TokenPair:
+def token_pair(lm: HFLM, context: str, continuation: str) -> TokenPair:
     """Token ids as lm-eval's `loglikelihood` makes them."""
     if not continuation.strip():
         raise UserError("the right answer is empty")
@@ -260,9 +273,10 @@ def _blaming(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as err:
-        raise UserError(f"{what}: {_cause(err)}") from err
+        raise UserError(f"{what}: {cause(err)}") from err
 
 
-def _cause(err: Exception) -> str:
+def cause(err: Exception) -> str:
+    """An error of foreign code in one line."""
     text = " ".join(str(err).split())
     return text if isinstance(err, UserError) else f"{type(err).__name__}: {text}"

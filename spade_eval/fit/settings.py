@@ -86,13 +86,27 @@ def check_output(settings: FitSettings, resume: bool, overwrite: bool) -> None:
     Raises:
         UserError: Says what is there and what to do.
     """
-    output, work = settings.output, settings.work
+    require_free(settings.output, settings.work, resume, overwrite)
+    lens_files.require_replaceable(settings.output)
+
+
+def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to overwrite an output, or what a run that was stopped has left of it.
+
+    Args:
+        output: The folder to be.
+        work: The folder of a run that has not ended.
+        resume: Whether to go on there.
+        overwrite: Whether to replace what is there.
+
+    Raises:
+        UserError: Says what is there and what to do.
+    """
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists. Give another --output, or --overwrite to replace it.")
-    lens_files.require_replaceable(output)
     if work.exists() and not (resume or overwrite):
         raise UserError(
-            f"{work} holds a fit that has not ended: --resume goes on with it, --overwrite begins "
+            f"{work} holds a run that has not ended: --resume goes on with it, --overwrite begins "
             "anew."
         )
     if resume and not work.exists():

@@ -1,0 +1,147 @@
+"""The folder of an adapter: a normal PEFT adapter, and what made it.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's and all that PEFT reads; beside
+them stand a model card and `finetune.json`, a record of the training.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+from spade_eval import lens_files
+from spade_eval.lens_config import table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import PeftModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RECORD, CARD = "finetune.json", "README.md"
+FILES = frozenset({CONFIG, WEIGHTS, RECORD, CARD})
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an adapter was made from, and what it reaches.
+
+    Attributes:
+        base_model: Hub id or folder of the model that it belongs to.
+        revision: Of a hub id.
+        fingerprint: Of that model's final norm and head (`spade_eval.fingerprint`).
+        tasks: Whose training documents were used.
+        documents: Their number.
+        multi_token_documents: Of these, those whose answer has several tokens.
+        validation_documents: That decided which adapter is kept.
+        settings: Of the training.
+        steps: Trained.
+        best_step: The one whose adapter was kept.
+        before: By task and for "all": mean accuracy, its standard error and n, without the adapter.
+        after: With it.
+        bill: Seconds and memory.
+        command: That made it.
+        versions: Of the packages.
+    """
+
+    base_model: str
+    revision: str | None
+    fingerprint: str
+    tasks: tuple[str, ...]
+    documents: int
+    multi_token_documents: int
+    validation_documents: int
+    settings: dict[str, Any]
+    steps: int
+    best_step: int
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
+    bill: dict[str, Any]
+    command: str
+    versions: dict[str, str]
+
+
+def save(model: PeftModel, record: Record, folder: Path) -> None:
+    """Write an adapter; the folder gets its name when it is complete.
+
+    Raises:
+        UserError: `folder` holds other files than an adapter's, or cannot be written.
+    """
+    with lens_files.replacing(folder, "adapter", FILES) as new:
+        model.save_pretrained(new)
+        (new / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
+        (new / CARD).write_text(card(record))
+
+
+def accuracies(record: Record) -> list[list[object]]:
+    """Task, accuracy before and after with their standard errors, documents."""
+    return [
+        [
+            task,
+            *(f"{m['mean']:.3f} ± {m['stderr']:.3f}" for m in (record.before[task], after)),
+            after["n"],
+        ]
+        for task, after in record.after.items()
+    ]
+
+
+def card(record: Record) -> str:
+    """The model card of an adapter, Markdown with its YAML head."""
+    hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.base_model)  # the Hub refuses local paths
+    head = ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        base_model=record.base_model if hub_id else None,
+        tags=["spade_eval", "lora", "lm-evaluation-harness"],
+    )
+    revision = f", revision {record.revision}" if record.revision else ""
+    arguments = f"pretrained={record.base_model}"
+    arguments += f",revision={record.revision}" if record.revision else ""
+    facts: list[list[object]] = [
+        ["base model", record.base_model + revision],
+        ["fingerprint of its norm and head", record.fingerprint],
+        ["tasks", ", ".join(record.tasks)],
+        ["training documents", record.documents],
+        ["of these with an answer of several tokens", record.multi_token_documents],
+        ["validation documents", record.validation_documents],
+        ["steps", record.steps],
+        ["step of this adapter", record.best_step],
+        *map(list, (record.settings | record.bill | record.versions).items()),
+    ]
+    return f"""---
+{head.to_yaml()}
+---
+
+# LoRA adapter for {record.base_model}
+
+Trained on the right answers of {", ".join(record.tasks)} (training splits, in the tasks' own
+prompts, zero-shot); the loss is on the answer tokens alone. The step with the best accuracy on
+validation documents was kept.
+
+## Accuracy on validation documents
+
+With its standard error. The documents chose the step, so the accuracy after is a little too good:
+evaluate on the test split.
+
+{table(["task", "before", "after", "documents"], accuracies(record))}
+
+## Use
+
+    lm_eval --model hf --model_args {arguments},peft=ADAPTER \\
+            --tasks {",".join(record.tasks)}
+
+ADAPTER is this repository's id or a folder with its files. The models of spade_eval take the same
+arguments.
+
+## Training
+
+{table(["", ""], facts)}
+
+The command:
+
+{chr(10).join("    " + line for line in record.command.splitlines())}
+"""

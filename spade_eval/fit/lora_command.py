@@ -1,0 +1,122 @@
+"""The command line of `spade-eval finetune`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spade_eval.fit.command import _Parser
+from spade_eval.fit.lora_settings import LoraSettings
+from spade_eval.fit.memory import keep_freed_blocks
+
+if TYPE_CHECKING:
+    from spade_eval.adapter_files import Record
+
+_EPILOG = """\
+examples:
+  spade-eval finetune --tasks spade_arc_easy,spade_arc_challenge --output adapters/arc
+  spade-eval finetune --tasks spade_boolq --model_args pretrained=gpt2 --minutes 30 \\
+      --output adapters/boolq
+  lm_eval --model spade_exit --model_args peft=adapters/arc,threshold=0.5 --tasks spade_arc_easy
+  accelerate launch -m spade_eval finetune ...
+"""
+
+_ONCE = ("--resume", "--overwrite")  # about this run, not about the adapter
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    p = _Parser(
+        prog="spade-eval finetune",
+        description="Train a LoRA adapter on the right answers of tasks, for peft= of all models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    d = LoraSettings
+    p.add_argument(
+        "--tasks", required=True, help="lm-eval tasks whose training documents are used, a,b,c"
+    )
+    p.add_argument("--output", required=True, type=Path, help="folder of the adapter")
+    p.add_argument("--model_args", default="", help="as in lm_eval: pretrained=...,dtype=...")
+    for name, kind, default, text in (
+        ("--rank", int, d.rank, "r of the low-rank matrices"),
+        ("--alpha", int, d.alpha, "their product is scaled by alpha / r"),
+        ("--dropout", float, d.dropout, "on the input of the low-rank matrices"),
+        ("--learning_rate", float, d.learning_rate, "after the warm-up"),
+        ("--batch_size", int, d.batch_size, "documents per step"),
+        ("--micro_batch_size", int, d.micro_batch_size, "documents at once; bounds memory"),
+        ("--epochs", int, d.epochs, "at most"),
+        ("--validation_documents", int, d.validation_documents, "at most, over all tasks"),
+        ("--seed", int, d.seed, "of order and first weights"),
+    ):
+        p.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
+    p.add_argument("--max_steps", type=int, help="at most")
+    p.add_argument(
+        "--minutes", type=float, help="of training, at most; the learning rate then stays constant"
+    )
+    p.add_argument(
+        "--precision",
+        default=d.precision,
+        choices=["auto", "float32", "bfloat16"],
+        help="of matrix products; auto takes bfloat16 where it is faster (default: auto)",
+    )
+    p.add_argument("--device", help="as in lm_eval: cpu, cuda, mps")
+    p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    p.add_argument("--overwrite", action="store_true", help="replace the adapter that is there")
+    return p
+
+
+def main(argv: list[str], tasks_path: Path) -> int:
+    """Run `spade-eval finetune`.
+
+    Args:
+        argv: The arguments behind "finetune".
+        tasks_path: Folder of our own tasks.
+    """
+    args = parser().parse_args(argv)
+    settings = LoraSettings(
+        output=args.output.expanduser(),
+        tasks=tuple(args.tasks.split(",")),
+        **{
+            name: getattr(args, name)
+            for name in LoraSettings.__dataclass_fields__
+            if name not in ("output", "tasks")
+        },
+    )
+    # Loading lm-eval takes seconds; bad arguments have been told by now.
+    from lm_eval.utils import setup_logging, simple_parse_args_string
+
+    from spade_eval.fit.lora_run import finetune
+    from spade_eval.lm.layer import LogitLensLM
+
+    setup_logging()
+    keep_freed_blocks()
+    model_args: dict[str, Any] = simple_parse_args_string(args.model_args)
+    if args.device is not None:
+        model_args["device"] = args.device
+    lm = LogitLensLM(**{"batch_size": 16, **model_args, "layer": -1})
+    record = finetune(
+        lm,
+        settings,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        include_path=[tasks_path, args.include_path] if args.include_path else tasks_path,
+        command=shlex.join(["spade-eval", "finetune", *(a for a in argv if a not in _ONCE)]),
+    )
+    print(table(record))
+    print(f"\nAdapter: {args.output}")
+    return 0
+
+
+def table(record: Record) -> str:
+    """Accuracy before and after."""
+    import pandas as pd
+
+    from spade_eval.adapter_files import accuracies
+
+    frame = pd.DataFrame(accuracies(record), columns=["task", "before", "after", "documents"])
+    return frame.to_string(index=False)

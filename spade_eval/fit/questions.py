@@ -1,0 +1,149 @@
+"""Validation questions: rows of tasks with all their requests, scored as lm-eval scores them.
+
+    tasks -> rows of the validation split -> questions -> log-likelihoods -> the task's own accuracy
+
+A task without a validation split gives a part of its training rows instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spade_eval.errors import UserError
+from spade_eval.fit import documents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from spade_eval.lm.base import SpadeLM
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 1 / 10  # of a task's training rows, where it has no validation split
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of a task, and the requests that lm-eval scores it by.
+
+    Attributes:
+        task: Name of the task.
+        doc_id: The row's index in its split.
+        requests: Token ids of contexts and continuations.
+        answer: Token ids of the right answer's request, as one sequence.
+        accuracy: From (log-likelihood, greedy) of each request to the row's accuracy, 0 or 1.
+    """
+
+    task: str
+    doc_id: int
+    requests: tuple[documents.TokenPair, ...]
+    answer: tuple[int, ...]
+    accuracy: Callable[[Sequence[tuple[float, bool]]], float]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean accuracy over n questions, and its standard error (lm-eval's)."""
+
+    mean: float
+    stderr: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.stderr:.3f}"
+
+
+def validation(lm: SpadeLM, tasks: dict[str, Any], *, seed: int, most: int) -> list[Question]:
+    """Questions of the tasks' validation splits, from each task in turn.
+
+    Args:
+        lm: The model that will read them.
+        tasks: By name, see `documents.load_tasks`.
+        seed: Decides about the order.
+        most: Number of questions, over all tasks.
+
+    Raises:
+        UserError: A task that cannot be trained on, or not be scored by accuracy.
+    """
+    streams = []
+    for name, task in tasks.items():
+        _check(name, task)
+        split, share = ("validation", 1.0) if task.has_validation_docs() else ("train", HELD_OUT)
+        rows = documents.rows_of(name, task, split)
+        order = documents.shuffled(name, len(rows), seed)
+        order = order[: max(1, int(len(order) * share))]
+        streams.append(_questions(lm, name, task, rows, order))
+    return documents.take(streams, most)
+
+
+def score(lm: SpadeLM, questions: Sequence[Question]) -> list[float]:
+    """The accuracy of each question, all of them scored in one pass by lm-eval's own rule."""
+    requests = [(None, *pair) for question in questions for pair in question.requests]
+    results = iter(lm._loglikelihood_tokens(requests, disable_tqdm=True))
+    return [q.accuracy([next(results) for _ in q.requests]) for q in questions]
+
+
+def summary(questions: Sequence[Question], scores: Sequence[float]) -> dict[str, Accuracy]:
+    """Accuracy by task, and under "all" over the questions of all tasks."""
+    by_task: dict[str, list[float]] = {}
+    for question, value in zip(questions, scores, strict=True):
+        by_task.setdefault(question.task, []).append(value)
+    return {name: _mean(values) for name, values in (*by_task.items(), ("all", list(scores)))}
+
+
+def _mean(values: Sequence[float]) -> Accuracy:
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return Accuracy(float(np.mean(values)), spread / len(values) ** 0.5, len(values))
+
+
+def _check(name: str, task: Any) -> None:
+    """Refuse a task that has no right answers to learn, or no accuracy to validate by."""
+    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+        raise UserError(
+            f"task {name} is of type {task.OUTPUT_TYPE}: finetune trains on tasks whose answers "
+            "are given and scored (multiple_choice, loglikelihood). Leave it out."
+        )
+    if not task.has_training_docs():
+        raise UserError(
+            f"task {name} has no training split to take documents from. Leave it out, or write a "
+            "task of your own with one (--include_path)."
+        )
+
+
+def _questions(
+    lm: SpadeLM, name: str, task: Any, rows: Sequence[Any], order: Sequence[int]
+) -> Generator[Question, None, None]:
+    """The rows in this order; those without a right answer are left out, as in training."""
+    for doc_id in order:
+        try:
+            question = _question(lm, name, task, rows[doc_id], doc_id)
+        except Exception as err:  # a task's own functions fail as they like on unlabelled rows
+            log.warning("%s: row %d is unusable: %s", name, doc_id, documents.cause(err))
+            continue
+        if question is None:
+            raise UserError(
+                f"task {name} has no metric acc, which finetune validates by. Leave it out, or "
+                "write a task of your own with it (--include_path)."
+            )
+        yield question
+
+
+def _question(lm: SpadeLM, name: str, task: Any, row: Any, doc_id: int) -> Question | None:
+    """The requests of a row; None if the task has no accuracy."""
+    [(context, answer)] = documents.right_answer(lm, task, row)
+    prefix = task.doc_to_prefix(row)
+    asked = task.fewshot_context(row, num_fewshot=0, gen_prefix=prefix)
+    requests = task.construct_requests(row, asked)
+    requests = requests if isinstance(requests, list) else [requests]
+
+    def accuracy(results: Sequence[tuple[float, bool]]) -> float:
+        return float(task.process_results(row, list(results))["acc"])
+
+    if "acc" not in task.process_results(row, [(0.0, False)] * len(requests)):
+        return None
+    pairs = tuple(documents.token_pair(lm, *request.args) for request in requests)
+    return Question(name, doc_id, pairs, (*context, *answer), accuracy)
