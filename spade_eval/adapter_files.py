@@ -34,6 +34,7 @@ class Record:
         base_model: Hub id or folder of the model that it belongs to.
         revision: Of a hub id.
         fingerprint: Of that model's final norm and head (`spade_eval.fingerprint`).
+        adapted: Hash of the weights that the adapter changes, see `spade_eval.adapters`.
         tasks: Whose training documents were used.
         documents: Their number.
         multi_token_documents: Of these, those whose answer has several tokens.
@@ -41,7 +42,8 @@ class Record:
         settings: Of the training.
         steps: Trained.
         best_step: The one whose adapter was kept.
-        before: By task and for "all": mean accuracy, its standard error and n, without the adapter.
+        before: By task and for "all": mean accuracy on the validation documents, its standard
+            error and their number n, without the adapter.
         after: With it.
         bill: Seconds and memory.
         command: That made it.
@@ -51,6 +53,7 @@ class Record:
     base_model: str
     revision: str | None
     fingerprint: str
+    adapted: str
     tasks: tuple[str, ...]
     documents: int
     multi_token_documents: int
@@ -58,8 +61,8 @@ class Record:
     settings: dict[str, Any]
     steps: int
     best_step: int
-    before: dict[str, dict[str, float]]
-    after: dict[str, dict[str, float]]
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
     bill: dict[str, Any]
     command: str
     versions: dict[str, str]
@@ -71,8 +74,11 @@ def save(model: PeftModel, record: Record, folder: Path) -> None:
     Raises:
         UserError: `folder` holds other files than an adapter's, or cannot be written.
     """
+    # PEFT takes the folder that the model was loaded from, a cache of ours for the default model.
+    model.peft_config["default"].base_model_name_or_path = record.base_model
     with lens_files.replacing(folder, "adapter", FILES) as new:
-        model.save_pretrained(new)
+        # Told to decide by itself, PEFT would ask the Hub whether to add the embeddings.
+        model.save_pretrained(new, save_embedding_layers=False)
         (new / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
         (new / CARD).write_text(card(record))
 
@@ -80,13 +86,14 @@ def save(model: PeftModel, record: Record, folder: Path) -> None:
 def accuracies(record: Record) -> list[list[object]]:
     """Task, accuracy before and after with their standard errors, documents."""
     return [
-        [
-            task,
-            *(f"{m['mean']:.3f} ± {m['stderr']:.3f}" for m in (record.before[task], after)),
-            after["n"],
-        ]
+        [task, _accuracy(record.before[task]), _accuracy(after), after["n"]]
         for task, after in record.after.items()
     ]
+
+
+def _accuracy(entry: dict[str, Any]) -> str:
+    stderr = "" if entry["stderr"] is None else f" ± {entry['stderr']:.3f}"
+    return f"{entry['mean']:.3f}{stderr}"
 
 
 def card(record: Record) -> str:

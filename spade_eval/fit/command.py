@@ -28,12 +28,15 @@ examples:
 _ONCE = ("--resume", "--overwrite")  # about this run, not about the lens
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Names the option that was probably meant."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise for a bad argument, where argparse would print and exit."""
         options = [option for action in self._actions for option in action.option_strings]
         words = message.split()
         hint = next((h for w in words if w.startswith("--") if (h := _near(w, options))), "")
-        raise UserError(f"{message}.{hint} `spade-eval fit --help` lists the arguments.")
+        raise UserError(f"{message}.{hint} `{self.prog} --help` lists the arguments.")
 
 
 def _near(word: str, options: Sequence[str]) -> str:
@@ -42,7 +45,7 @@ def _near(word: str, options: Sequence[str]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    p = _Parser(
+    p = Parser(
         prog="spade-eval fit",
         description="Fit a lens: one linear map per layer, for --model l_spade, tuned_lens and "
         "spade_exit.",

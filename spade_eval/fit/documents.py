@@ -129,26 +129,40 @@ def _documents(
 ) -> Generator[Document, None, None]:
     """Distinct documents in shuffled order; when closed, tells how many rows were left out."""
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    for doc_id, pairs in usable(name, rows, shuffled(name, len(rows), seed), encode):
+        for pair in pairs:
+            context, continuation = map(tuple, pair)
+            if (context, continuation) not in seen:
+                seen.add((context, continuation))
+                yield Document(context, continuation, task=name, doc_id=doc_id)
+
+
+def usable(
+    name: str, rows: Sequence[Any], order: Sequence[int], make: Callable[[Any], T]
+) -> Generator[tuple[int, T], None, None]:
+    """What `make` makes of the rows, with the row's index, without those at which it fails.
+
+    When closed, it tells how many those were.
+
+    Raises:
+        UserError: `make` fails at every row.
+    """
     taken, unusable, first = 0, 0, ""
     try:
-        for taken, doc_id in enumerate(shuffled(name, len(rows), seed), 1):  # noqa: B007 - for the warning
+        for taken, doc_id in enumerate(order, 1):  # noqa: B007 - for the warning
             try:
-                pairs = encode(rows[doc_id])
+                made = make(rows[doc_id])
             except Exception as err:  # a task's own functions fail as they like on unlabelled rows
                 unusable += 1
-                first = first or f"; the first, row {doc_id}: {cause(err)}"
+                first = first or f"; the first, row {doc_id}: {_cause(err)}"
                 continue
-            for pair in pairs:
-                context, continuation = map(tuple, pair)
-                if (context, continuation) not in seen:
-                    seen.add((context, continuation))
-                    yield Document(context, continuation, task=name, doc_id=doc_id)
-        if not seen:
+            yield doc_id, made
+        if unusable == taken:
             raise UserError(
-                f"{name}: none of {len(rows)} rows is usable{first}. Choose another split or task."
+                f"{name}: none of {taken} rows is usable{first}. Choose another split or task."
             )
     finally:
-        if unusable and seen:
+        if 0 < unusable < taken:
             log.warning("%d of %d rows of %s are unusable%s.", unusable, taken, name, first)
 
 
@@ -273,10 +287,9 @@ def _blaming(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as err:
-        raise UserError(f"{what}: {cause(err)}") from err
+        raise UserError(f"{what}: {_cause(err)}") from err
 
 
-def cause(err: Exception) -> str:
-    """An error of foreign code in one line."""
+def _cause(err: Exception) -> str:
     text = " ".join(str(err).split())
     return text if isinstance(err, UserError) else f"{type(err).__name__}: {text}"

@@ -1,114 +1,154 @@
 """LoRA training on right answers, by the Trainer of transformers.
 
-    documents -> (token ids, labels), in the order of training -> Trainer -> whole checkpoints
-
-The loss is the cross-entropy of the answer tokens (the context is read, not learned), and only the
-positions that predict them reach the head.
+examples, in the order of training -> Trainer -> whole checkpoints -> the best adapter
 """
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState, TrainerControl
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import EarlyStoppingCallback, ExportableState, TrainerControl
 
-from spade_eval import scoring
-from spade_eval.hollow import unwrap_peft
+from spade_eval.errors import UserError
+from spade_eval.fit.examples import Collator, answer_loss, in_training_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from peft import PeftModel
+    from torch import Tensor
 
+    from spade_eval.fit.examples import Example
+    from spade_eval.fit.lora_settings import LoraSettings
 
-IGNORED = -100  # the label of a token that is not learned; also what the Trainer does not count
-WARM_UP = 10  # steps
+WARM_UP = 10  # steps, or a tenth of a short training
 EVALUATIONS = 4  # per epoch, at least
 MOST_STEPS = 50  # between two evaluations, each with a checkpoint
 PATIENCE = 6  # evaluations without a better one, then training stops
 WHOLE = "whole"  # marks a checkpoint that was written to its end
 
-Example = dict[str, list[int]]  # input_ids (T), labels (T + 1)
 
+def train(
+    model: PeftModel,
+    examples: Sequence[Example],
+    validate: Callable[[], dict[str, float]],
+    settings: LoraSettings,
+    *,
+    bf16: bool,
+    use_cpu: bool,
+) -> TrainerState:
+    """Train the adapter and leave its best weights in the model.
 
-def example(request: scoring.Request, layout: scoring.Layout) -> Example:
-    """What the model is fed for a request, and the tokens that it is to predict.
-
-    Returns:
-        `input_ids`, (T), the request without its last token; `labels`, (T + 1), the tokens of the
-        continuation where they stand in the whole request, and `IGNORED` before them. Position t
-        predicts label t + 1.
-    """
-    ids, _ = scoring.feed(request, layout)
-    answer = request.continuation
-    return {
-        "input_ids": list(ids),
-        "labels": [IGNORED] * (len(ids) + 1 - len(answer)) + list(answer),
-    }
-
-
-def in_training_order(
-    examples: Sequence[Example], epochs: int, batch_size: int, seed: int
-) -> list[Example]:
-    """All epochs one after the other, each shuffled, examples of about equal length together.
-
-    The order is made once, so that a run that resumes finds its place by counting.
-    """
-    lengths = [len(one["input_ids"]) for one in examples]
-    ordered: list[Example] = []
-    for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(seed + epoch)
-        sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
-        ordered += [examples[index] for index in sampler]
-    return ordered
-
-
-class Collator:
-    """Right-padded batches of examples; causal attention needs no mask for what stands behind."""
-
-    def __init__(self, model: PreTrainedModel):
-        # Remote code may know nothing of it: such a model computes all logits.
-        parameters = inspect.signature(unwrap_peft(model).forward).parameters
-        self._narrows = "logits_to_keep" in parameters
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Make `input_ids` (B, T), `labels` (B, T + 1) and the positions to read (B, T)."""
-        ids = _padded([one["input_ids"] for one in examples], 0)  # (B, T)
-        labels = _padded([one["labels"] for one in examples], IGNORED)  # (B, T + 1)
-        batch = {"input_ids": ids, "labels": labels}
-        return batch | ({"logits_to_keep": labels[:, 1:] != IGNORED} if self._narrows else {})
-
-
-def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-    """Cross-entropy of the answer tokens, in nats per token.
+    Training starts from the last whole checkpoint in the work folder, if there is one, and goes
+    the way that it would have gone without the break.
 
     Args:
-        outputs: With `logits`, (P, V) for the answer positions alone, or (B, T, V).
-        labels: (B, T + 1), see `example`.
-        num_items_in_batch: Answer tokens of the whole step, over all its micro-batches and
-            processes; those of this batch if absent.
+        model: With the adapter at its first weights, which this depends on (`seed`).
+        examples: See `spade_eval.fit.examples`.
+        validate: Returns metrics, `accuracy` among them, the same ones on all processes.
+        settings: How to train.
+        bf16: Whether matrix products are computed in bfloat16.
+        use_cpu: Whether to stay on the CPU if there is a GPU.
+
+    Returns:
+        The Trainer's state at the end.
     """
-    targets = labels[:, 1:]  # (B, T)
-    kept = targets != IGNORED
-    logits = outputs.logits if outputs.logits.ndim == 2 else outputs.logits[kept]  # (P, V)
-    loss = torch.nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum")
-    return loss / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
+    start = last_whole(settings.work)
+    if start is None or not _ended(state := _state(start)):
+        trainer = _trainer(model, examples, validate, settings, bf16, use_cpu)
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        state = trainer.state
+    model.load_adapter(checkpoint(settings.work, state.best_global_step), "default")
+    model.eval()
+    return state
+
+
+def require_active(model: PeftModel, batch: dict[str, Tensor]) -> None:
+    """Make sure that the adapter changes what the model says.
+
+    Args:
+        model: The model with its adapter.
+        batch: Of a `Collator`.
+
+    Raises:
+        UserError: The logits are the same with and without it.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        adapted = model(**inputs).logits
+        with model.disable_adapter():
+            plain = model(**inputs).logits
+    if torch.equal(adapted, plain):
+        raise UserError(
+            "The adapter is not active: the model's logits are the same with and without it. Train "
+            "for more steps, or with a higher --learning_rate."
+        )
+
+
+def _trainer(
+    model: PeftModel,
+    examples: Sequence[Example],
+    validate: Callable[[], dict[str, float]],
+    settings: LoraSettings,
+    bf16: bool,
+    use_cpu: bool,
+) -> Trainer:
+    ordered = in_training_order(examples, settings.epochs, settings.batch_size, settings.seed)
+    steps = -(-len(ordered) // settings.batch_size)
+    steps = min(steps, settings.max_steps or steps)
+    interval = min(MOST_STEPS, -(-len(examples) // (settings.batch_size * EVALUATIONS)))
+    arguments = TrainingArguments(
+        output_dir=str(settings.work),
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.micro_batches(PartialState().num_processes),
+        num_train_epochs=1,  # all of ours in one
+        max_steps=steps,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        # Where time ends the training, nobody knows the last step.
+        lr_scheduler_type="linear" if settings.minutes is None else "constant_with_warmup",
+        warmup_steps=min(WARM_UP, -(-steps // 10)),
+        bf16=bf16,
+        use_cpu=use_cpu,
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        logging_steps=min(10, interval),
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=settings.seed,
+        report_to="none",
+    )
+    callbacks = [EarlyStoppingCallback(PATIENCE), KeepWhole()]
+    return AnswerTrainer(
+        validate,
+        model=model,
+        args=arguments,
+        train_dataset=ordered,
+        eval_dataset=ordered[:1],  # the Trainer wants one; `validate` has its own
+        data_collator=Collator(model),
+        compute_loss_func=answer_loss,
+        callbacks=[*callbacks, *([Budget(settings.minutes)] if settings.minutes else [])],
+    )
 
 
 class AnswerTrainer(Trainer):
-    """A Trainer that validates by accuracy.
+    """A Trainer that validates by a function of ours.
 
     Args:
-        validate: Returns the metrics of a validation; must be the same on all processes.
+        validate: Returns the metrics.
         **kwargs: The Trainer's.
     """
 
@@ -117,7 +157,7 @@ class AnswerTrainer(Trainer):
         self._validate = validate
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validate, and tell log and callbacks as the Trainer does."""
+        """Validate, and tell the log and the callbacks as the Trainer does."""
         metrics = {f"eval_{name}": value for name, value in self._validate().items()}
         self.log(metrics)
         told = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -126,22 +166,24 @@ class AnswerTrainer(Trainer):
 
 
 class Budget(TrainerCallback, ExportableState):
-    """Ends training after a time, counted over all processes of a run that was resumed."""
+    """Ends the training after some minutes, with those of the run that it resumes."""
 
     def __init__(self, minutes: float):
         self.minutes = minutes
         self.seconds = 0.0
-        self._last = time.monotonic()
+        self._last = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop with an evaluation and a checkpoint when the time is over."""
+        """When the time is over, stop with an evaluation and a checkpoint."""
         now = time.monotonic()
         self.seconds, self._last = self.seconds + now - self._last, now
-        if self.seconds >= 60 * self.minutes:
+        over = [self.seconds >= 60 * self.minutes]
+        broadcast_object_list(over)  # clocks differ, and all processes must stop at one step
+        if over[0]:
             control.should_training_stop = control.should_evaluate = control.should_save = True
         return control
 
@@ -150,32 +192,32 @@ class Budget(TrainerCallback, ExportableState):
         return {"args": {"minutes": self.minutes}, "attributes": {"seconds": self.seconds}}
 
 
-class KeepWhole(TrainerCallback):
-    """Marks a checkpoint as whole once all its files are written, then drops older ones.
+# ------------------------------------------------------------------ checkpoints
 
-    The best one and the last one stay. The Trainer's own limit would drop an old one before the new
-    one is known to be whole.
+
+class KeepWhole(TrainerCallback):
+    """Marks a checkpoint when all its files are written, and only then drops older ones.
+
+    The best and the last one stay. The Trainer's own limit would drop them too early: killed while
+    it writes the next one, a run would have lost the best that its last whole one knows of.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called when all files of this process are written."""
+        """Called when this process has written its files."""
         processes = PartialState()
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return
-        last = checkpoint(args.output_dir, state.global_step)
+        last = checkpoint(Path(args.output_dir), state.global_step)
         (last / WHOLE).touch()
-        kept = {last, checkpoint(args.output_dir, state.best_global_step)}
         for folder in last.parent.glob("checkpoint-*"):
-            if folder not in kept:
+            if folder not in (last, checkpoint(last.parent, state.best_global_step)):
                 shutil.rmtree(folder)
 
 
-def checkpoint(work: str | Path, step: int) -> Path:
+def checkpoint(work: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
-    from pathlib import Path
-
-    return Path(work) / f"checkpoint-{step}"
+    return work / f"checkpoint-{step}"
 
 
 def last_whole(work: Path) -> Path | None:
@@ -184,6 +226,17 @@ def last_whole(work: Path) -> Path | None:
     return max(whole, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
 
 
-def _padded(rows: Sequence[list[int]], filler: int) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)
+def drop_torn(work: Path) -> None:
+    """Remove checkpoints that were not written to their end."""
+    for folder in work.glob("checkpoint-*"):
+        if not (folder / WHOLE).exists():
+            shutil.rmtree(folder)
+
+
+def _state(folder: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(folder / "trainer_state.json"))
+
+
+def _ended(state: TrainerState) -> bool:
+    """Whether training had stopped at this checkpoint; the Trainer itself would go on."""
+    return bool(state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])

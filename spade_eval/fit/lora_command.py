@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spade_eval.fit.command import _Parser
-from spade_eval.fit.lora_settings import LoraSettings
+from spade_eval.fit.command import Parser
+from spade_eval.fit.lora_settings import LoraSettings, check_output
 from spade_eval.fit.memory import keep_freed_blocks
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _ONCE = ("--resume", "--overwrite")  # about this run, not about the adapter
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    p = _Parser(
+    p = Parser(
         prog="spade-eval finetune",
         description="Train a LoRA adapter on the right answers of tasks, for peft= of all models.",
         epilog=_EPILOG,
@@ -87,7 +87,9 @@ def main(argv: list[str], tasks_path: Path) -> int:
             if name not in ("output", "tasks")
         },
     )
+    check_output(settings, args.resume, args.overwrite)
     # Loading lm-eval takes seconds; bad arguments have been told by now.
+    from accelerate import PartialState
     from lm_eval.utils import setup_logging, simple_parse_args_string
 
     from spade_eval.fit.lora_run import finetune
@@ -107,8 +109,9 @@ def main(argv: list[str], tasks_path: Path) -> int:
         include_path=[tasks_path, args.include_path] if args.include_path else tasks_path,
         command=shlex.join(["spade-eval", "finetune", *(a for a in argv if a not in _ONCE)]),
     )
-    print(table(record))
-    print(f"\nAdapter: {args.output}")
+    if PartialState().is_main_process:
+        print(table(record))
+        print(f"\nAdapter: {args.output}")
     return 0
 
 

@@ -16,4 +16,6 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # older versions of torch lack it
-    return device.type == "cpu" and capabilities is not None and bool(capabilities()["amx_bf16"])
+    return (
+        device.type == "cpu" and capabilities is not None and bool(capabilities().get("amx_bf16"))
+    )

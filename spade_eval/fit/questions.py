@@ -7,8 +7,8 @@ A task without a validation split gives a part of its training rows instead.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +17,9 @@ from spade_eval.errors import UserError
 from spade_eval.fit import documents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from spade_eval.lm.base import SpadeLM
-
-log = logging.getLogger(__name__)
 
 HELD_OUT = 1 / 10  # of a task's training rows, where it has no validation split
 
@@ -32,14 +30,12 @@ class Question:
 
     Attributes:
         task: Name of the task.
-        doc_id: The row's index in its split.
         requests: Token ids of contexts and continuations.
         answer: Token ids of the right answer's request, as one sequence.
         accuracy: From (log-likelihood, greedy) of each request to the row's accuracy, 0 or 1.
     """
 
     task: str
-    doc_id: int
     requests: tuple[documents.TokenPair, ...]
     answer: tuple[int, ...]
     accuracy: Callable[[Sequence[tuple[float, bool]]], float]
@@ -47,14 +43,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean accuracy over n questions, and its standard error (lm-eval's)."""
+    """Mean accuracy over n questions, and its standard error as lm-eval has it (None for one)."""
 
     mean: float
-    stderr: float
+    stderr: float | None
     n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.stderr:.3f}"
 
 
 def validation(lm: SpadeLM, tasks: dict[str, Any], *, seed: int, most: int) -> list[Question]:
@@ -76,8 +69,8 @@ def validation(lm: SpadeLM, tasks: dict[str, Any], *, seed: int, most: int) -> l
         rows = documents.rows_of(name, task, split)
         order = documents.shuffled(name, len(rows), seed)
         order = order[: max(1, int(len(order) * share))]
-        streams.append(_questions(lm, name, task, rows, order))
-    return documents.take(streams, most)
+        streams.append(documents.usable(name, rows, order, partial(_question, lm, name, task)))
+    return [question for _, question in documents.take(streams, most)]
 
 
 def score(lm: SpadeLM, questions: Sequence[Question]) -> list[float]:
@@ -87,7 +80,7 @@ def score(lm: SpadeLM, questions: Sequence[Question]) -> list[float]:
     return [q.accuracy([next(results) for _ in q.requests]) for q in questions]
 
 
-def summary(questions: Sequence[Question], scores: Sequence[float]) -> dict[str, Accuracy]:
+def accuracies(questions: Sequence[Question], scores: Sequence[float]) -> dict[str, Accuracy]:
     """Accuracy by task, and under "all" over the questions of all tasks."""
     by_task: dict[str, list[float]] = {}
     for question, value in zip(questions, scores, strict=True):
@@ -96,8 +89,9 @@ def summary(questions: Sequence[Question], scores: Sequence[float]) -> dict[str,
 
 
 def _mean(values: Sequence[float]) -> Accuracy:
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return Accuracy(float(np.mean(values)), spread / len(values) ** 0.5, len(values))
+    n = len(values)
+    stderr = float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
+    return Accuracy(float(np.mean(values)), stderr, n)
 
 
 def _check(name: str, task: Any) -> None:
@@ -114,26 +108,8 @@ def _check(name: str, task: Any) -> None:
         )
 
 
-def _questions(
-    lm: SpadeLM, name: str, task: Any, rows: Sequence[Any], order: Sequence[int]
-) -> Generator[Question, None, None]:
-    """The rows in this order; those without a right answer are left out, as in training."""
-    for doc_id in order:
-        try:
-            question = _question(lm, name, task, rows[doc_id], doc_id)
-        except Exception as err:  # a task's own functions fail as they like on unlabelled rows
-            log.warning("%s: row %d is unusable: %s", name, doc_id, documents.cause(err))
-            continue
-        if question is None:
-            raise UserError(
-                f"task {name} has no metric acc, which finetune validates by. Leave it out, or "
-                "write a task of your own with it (--include_path)."
-            )
-        yield question
-
-
-def _question(lm: SpadeLM, name: str, task: Any, row: Any, doc_id: int) -> Question | None:
-    """The requests of a row; None if the task has no accuracy."""
+def _question(lm: SpadeLM, name: str, task: Any, row: Any) -> Question:
+    """The requests of a row."""
     [(context, answer)] = documents.right_answer(lm, task, row)
     prefix = task.doc_to_prefix(row)
     asked = task.fewshot_context(row, num_fewshot=0, gen_prefix=prefix)
@@ -141,9 +117,13 @@ def _question(lm: SpadeLM, name: str, task: Any, row: Any, doc_id: int) -> Quest
     requests = requests if isinstance(requests, list) else [requests]
 
     def accuracy(results: Sequence[tuple[float, bool]]) -> float:
-        return float(task.process_results(row, list(results))["acc"])
+        metrics = task.process_results(row, list(results))
+        if "acc" not in metrics:
+            raise UserError(
+                f"task {name} has no metric acc, which finetune validates by. Leave it out, or "
+                "write a task of your own that has it (--include_path)."
+            )
+        return float(metrics["acc"])
 
-    if "acc" not in task.process_results(row, [(0.0, False)] * len(requests)):
-        return None
     pairs = tuple(documents.token_pair(lm, *request.args) for request in requests)
-    return Question(name, doc_id, pairs, (*context, *answer), accuracy)
+    return Question(name, pairs, (*context, *answer), accuracy)

@@ -7,13 +7,11 @@ states and fits every w-th map, so the result does not depend on their number.
 
 from __future__ import annotations
 
-import json
 import logging
-import resource
 import shutil
-import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +23,13 @@ from spade_eval.fingerprint import adapter_fingerprint, fingerprint
 from spade_eval.fit import documents, states
 from spade_eval.fit.descent import Descent, Progress, Recipe
 from spade_eval.fit.maps import Pairs, measure
+from spade_eval.fit.memory import peak_memory_mb
+from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.settings import check_output, layer_list
+from spade_eval.fit.work import claim
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
-from spade_eval.lm.cache import differences, weights_digest
+from spade_eval.lm.cache import weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +89,10 @@ def fit(
     if not drawn[0] or not drawn[1]:
         raise UserError("The documents hold no position to train on: they are too short.")
     recipe = Recipe(
-        epochs=settings.epochs, rank=settings.rank, seed=settings.seed, bf16=_bf16(backbone.device)
+        epochs=settings.epochs,
+        rank=settings.rank,
+        seed=settings.seed,
+        bf16=bf16_is_fast(backbone.device),
     )
     _open_work(lm, settings, asdict(recipe), layers, requests, overwrite and not resume)
 
@@ -131,7 +135,7 @@ def fit(
             "resumed": resume,  # the states' seconds are then those of the last process
             "seconds_states": round(seconds, 1),
             "seconds_training": round(sum(part.seconds for part in parts.values()), 1),
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(),
         },
         command=command,
         package_version=__version__,
@@ -267,43 +271,9 @@ def _open_work(
         "batch_size": lm.layout.batch_size,
         "package_version": __version__,
     }
-    work = settings.work
-    path = work / "settings.json"
-    if lm.rank == 0:
-        if overwrite and work.exists():
-            shutil.rmtree(work)
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps(about, indent=2) + "\n")
-                part.replace(path)
-        except OSError as err:
-            raise UserError(f"{work} cannot be written: {err.strerror}.") from err
-    _wait(lm)
-    if differs := differences(json.loads(path.read_text()), about):
-        raise UserError(
-            f"{work} holds a fit with other settings ({differs}). Resume with the same ones, or "
-            "begin anew with --overwrite."
-        )
+    claim(settings.work, about, anew=overwrite, main=lm.rank == 0, wait=partial(_wait, lm))
 
 
 def _wait(lm: SpadeLM) -> None:
     if lm.world_size > 1:
         lm.accelerator.wait_for_everyone()
-
-
-def _bf16(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32 here; a fact of the hardware, not a timing.
-
-    A timing could come out otherwise when a run resumes.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _peak_memory_mb() -> int:
-    """Of this process; on a GPU machine without the GPU's own."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spade_eval import lens_files
 from spade_eval.errors import UserError
+from spade_eval.fit import work
 from spade_eval.fit.descent import Recipe
 
 if TYPE_CHECKING:
@@ -86,28 +87,5 @@ def check_output(settings: FitSettings, resume: bool, overwrite: bool) -> None:
     Raises:
         UserError: Says what is there and what to do.
     """
-    require_free(settings.output, settings.work, resume, overwrite)
+    work.require_free(settings.output, settings.work, resume, overwrite)
     lens_files.require_replaceable(settings.output)
-
-
-def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to overwrite an output, or what a run that was stopped has left of it.
-
-    Args:
-        output: The folder to be.
-        work: The folder of a run that has not ended.
-        resume: Whether to go on there.
-        overwrite: Whether to replace what is there.
-
-    Raises:
-        UserError: Says what is there and what to do.
-    """
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists. Give another --output, or --overwrite to replace it.")
-    if work.exists() and not (resume or overwrite):
-        raise UserError(
-            f"{work} holds a run that has not ended: --resume goes on with it, --overwrite begins "
-            "anew."
-        )
-    if resume and not work.exists():
-        raise UserError(f"There is nothing to resume: {work} does not exist. Leave --resume out.")

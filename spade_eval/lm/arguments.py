@@ -72,6 +72,8 @@ def check_values(given: dict[str, Any]) -> None:
         value = given.get(name)
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise UserError(f"{name}={value!r}: give a whole number from 1 up.")
+    if given.get("peft") and given.get("delta"):
+        raise UserError("peft= and delta= exclude each other: give one of them.")
     if given.get("backend", "default") not in ("default", "causal"):
         raise UserError(
             f"backend={given['backend']!r}: the decoders read decoder-only models; leave backend "

@@ -67,6 +67,11 @@ class SpadeLM(HFLM):
             self._model_source = pretrained = str(pretrained)
         else:
             self._model_source = pretrained.config._name_or_path or type(pretrained).__name__
+            if kwargs.get("peft"):
+                raise UserError(
+                    "peft= is for models that are loaded here. Put the adapter on the model "
+                    "(peft.PeftModel.from_pretrained) and pass the result as pretrained."
+                )
         super().__init__(pretrained=pretrained, **kwargs)
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
             raise UserError(
@@ -124,6 +129,21 @@ class SpadeLM(HFLM):
         if n_layers is not None:
             self._check_config(n_layers)
         super()._get_backend(config, *args, **kwargs)
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        name, revision = kwargs.get("peft"), kwargs.get("revision")
+        if not name:
+            return super()._create_model(*args, **kwargs)
+        from spade_eval import adapters  # with PEFT, which takes seconds to load
+
+        config = adapters.load_config(name, revision)
+        try:
+            super()._create_model(*args, **kwargs)
+            adapters.require_own(self._model, name, revision)
+        except Exception as err:  # PEFT's have many types
+            if getattr(self, "_model", None) is None:  # the model itself was not loaded
+                raise
+            raise adapters.misfit(name, config, self._model_source, err) from err
 
     # ------------------------------------------------------------------ token ids
 

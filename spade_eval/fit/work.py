@@ -1,0 +1,77 @@
+"""The work folder of a run that can be killed and resumed; it belongs to one configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from spade_eval.errors import UserError
+from spade_eval.lm.cache import differences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to overwrite an output, or what a run that was stopped has left of it.
+
+    Args:
+        output: The folder to be.
+        work: The folder of a run that has not ended.
+        resume: Whether to go on there.
+        overwrite: Whether to replace what is there.
+
+    Raises:
+        UserError: Says what is there and what to do.
+    """
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists. Give another --output, or --overwrite to replace it.")
+    if work.exists() and not (resume or overwrite):
+        raise UserError(
+            f"{work} holds a run that has not ended: --resume goes on with it, --overwrite begins "
+            "anew."
+        )
+    if resume and not work.exists():
+        raise UserError(f"There is nothing to resume: {work} does not exist. Leave --resume out.")
+
+
+def claim(
+    work: Path, about: dict[str, Any], *, anew: bool, main: bool, wait: Callable[[], None]
+) -> None:
+    """Make the work folder, or make sure that the one there is of the same configuration.
+
+    Args:
+        work: The folder.
+        about: The configuration; JSON.
+        anew: Whether to remove what is there.
+        main: Whether this is the process that writes.
+        wait: Returns when all processes have called it.
+
+    Raises:
+        UserError: The folder is of another configuration, or cannot be written.
+    """
+    path = work / "settings.json"
+    if main:
+        try:
+            if anew and work.exists():
+                shutil.rmtree(work)
+            work.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_json(path, about)
+        except OSError as err:
+            raise UserError(f"{work} cannot be written: {err.strerror}.") from err
+    wait()
+    if differs := differences(json.loads(path.read_text()), about):
+        raise UserError(
+            f"{work} holds a run with other settings ({differs}). Resume with the same ones, or "
+            "begin anew with --overwrite."
+        )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is whole or not there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
