@@ -114,7 +114,7 @@ def _trainer(
         learning_rate=settings.learning_rate,
         # Where time ends the training, nobody knows the last step.
         lr_scheduler_type="linear" if settings.minutes is None else "constant_with_warmup",
-        warmup_steps=min(WARM_UP, -(-steps // 10)),
+        warmup_steps=min(WARM_UP, steps // 10),
         bf16=bf16,
         use_cpu=use_cpu,
         eval_strategy="steps",
@@ -181,7 +181,8 @@ class Budget(TrainerCallback, ExportableState):
         """When the time is over, stop with an evaluation and a checkpoint."""
         now = time.monotonic()
         self.seconds, self._last = self.seconds + now - self._last, now
-        over = [self.seconds >= 60 * self.minutes]
+        # The first step of a warm-up has a learning rate of zero.
+        over = [self.seconds >= 60 * self.minutes and state.global_step > 1]
         broadcast_object_list(over)  # clocks differ, and all processes must stop at one step
         if over[0]:
             control.should_training_stop = control.should_evaluate = control.should_save = True
