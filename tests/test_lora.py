@@ -211,6 +211,8 @@ def test_every_epoch_has_every_example_and_lengths_are_grouped() -> None:
         return sum(max(b) * len(b) - sum(b) for b in batches)
 
     assert padding(epochs[0]) < padding(list(range(50))) / 2
+    begins = [len(order[e * 50]["input_ids"]) for e in range(3)]
+    assert begins != [7, 7, 7]  # the longest first would make a short training one of long ones
 
 
 def test_a_step_does_not_depend_on_its_micro_batches(tmp_path: Path) -> None:
@@ -299,15 +301,18 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_adapter(whole: Pa
     kills = [
         (Trainer, "_save_optimizer_and_scheduler", 1, 2),  # the first checkpoint, at step 2
         (lora.KeepWhole, "on_save", 3, 6),  # all files are written, not the mark
-        (Trainer, "training_step", 3, None),  # in the step behind step 4: it has 2 micro-batches
+        (Trainer, "training_step", 3, None),  # in step 6: each has 2 micro-batches
         (Trainer, "_save_optimizer_and_scheduler", 2, 8),  # the adapter is written, no more
         (adapter_files, "save", 1, None),  # all but the adapter's folder
     ]
     for n, (owner, name, call, torn) in enumerate(kills):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             killed_in(patch, owner, name, call)
+            # The third run leaves a checkpoint between two evaluations.
+            patch.setattr(lora, "CHECKPOINT_SECONDS", 0 if n == 2 else 300)
             run(saved, tasks, output, resume=n > 0)
         assert not output.exists()
+        assert n != 2 or (work / "checkpoint-5" / lora.WHOLE).exists()
         assert torn is None or not (work / f"checkpoint-{torn}" / lora.WHOLE).exists()
         assert torn is None or (work / f"checkpoint-{torn}" / "adapter_model.safetensors").exists()
     with pytest.raises(UserError, match=r"has not ended: --resume goes on"):
@@ -373,12 +378,12 @@ def test_the_time_before_a_break_counts() -> None:
         global_step = 2
         should_training_stop = should_evaluate = should_save = False
 
-    budget = lora.Budget(minutes=1)
-    budget.on_train_begin()
-    assert not budget.on_step_end(None, Control, Control()).should_training_stop
-    kept = json.loads(json.dumps(budget.state()))
+    clock = lora.Clock(minutes=1)
+    clock.on_train_begin()
+    assert not clock.on_step_end(None, Control, Control()).should_training_stop
+    kept = json.loads(json.dumps(clock.state()))
     kept["attributes"]["seconds"] += 59.999
-    resumed = lora.Budget.from_state(kept)
+    resumed = lora.Clock.from_state(kept)
     resumed.on_train_begin()
     resumed._last -= 0.01
     told = resumed.on_step_end(None, Control, Control())

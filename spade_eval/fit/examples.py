@@ -42,17 +42,21 @@ def example(request: scoring.Request, layout: scoring.Layout) -> Example:
 def in_training_order(
     examples: Sequence[Example], epochs: int, batch_size: int, seed: int
 ) -> list[Example]:
-    """All epochs one after the other, each shuffled, examples of about equal length together.
+    """All epochs one after the other, each in batches of about equal length, which are shuffled.
 
-    The order is made once, so that a run that resumes finds its place by counting. Left to draw it
-    epoch by epoch, the Trainer would draw another one there.
+    The Trainer's sampler alone would begin with the longest examples, and a short training see no
+    others. The order is made once, so that a run that resumes finds its place by counting.
     """
     lengths = [len(one["input_ids"]) for one in examples]
     ordered: list[Example] = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed + epoch)
-        sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
-        ordered += [examples[index] for index in sampler]
+        grouped = [*LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)]
+        order = torch.randperm(len(grouped) // batch_size, generator=generator).tolist()
+        # What fills no batch stays last, or it would shift all batches behind it.
+        for batch in (*order, len(order)):
+            some = grouped[batch * batch_size : (batch + 1) * batch_size]
+            ordered += [examples[index] for index in some]
     return ordered
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 WARM_UP = 10  # steps, or a tenth of a short training
 EVALUATIONS = 4  # per epoch, at least
 MOST_STEPS = 50  # between two evaluations, each with a checkpoint
+CHECKPOINT_SECONDS = 300  # a checkpoint without an evaluation, if steps take long
 PATIENCE = 6  # evaluations without a better one, then training stops
 WHOLE = "whole"  # marks a checkpoint that was written to its end
 
@@ -131,7 +132,6 @@ def _trainer(
         seed=settings.seed,
         report_to="none",
     )
-    callbacks = [EarlyStoppingCallback(PATIENCE), KeepWhole()]
     return AnswerTrainer(
         validate,
         model=model,
@@ -140,7 +140,7 @@ def _trainer(
         eval_dataset=ordered[:1],  # the Trainer wants one; `validate` has its own
         data_collator=Collator(model),
         compute_loss_func=answer_loss,
-        callbacks=[*callbacks, *([Budget(settings.minutes)] if settings.minutes else [])],
+        callbacks=[EarlyStoppingCallback(PATIENCE), Clock(settings.minutes), KeepWhole()],
     )
 
 
@@ -165,28 +165,37 @@ class AnswerTrainer(Trainer):
         return metrics
 
 
-class Budget(TrainerCallback, ExportableState):
-    """Ends the training after some minutes, with those of the run that it resumes."""
+class Clock(TrainerCallback, ExportableState):
+    """Asks for checkpoints by time, and ends the training after some minutes.
 
-    def __init__(self, minutes: float):
+    Those count from the first start of a run that was resumed.
+    """
+
+    def __init__(self, minutes: float | None):
         self.minutes = minutes
         self.seconds = 0.0
-        self._last = 0.0
+        self._last = self._saved = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._last = time.monotonic()
+        self._last = self._saved = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """When the time is over, stop with an evaluation and a checkpoint."""
+        """Look at the clock; the last step ends with an evaluation and a checkpoint."""
         now = time.monotonic()
         self.seconds, self._last = self.seconds + now - self._last, now
+        over = self.minutes is not None and self.seconds >= 60 * self.minutes
         # The first step of a warm-up has a learning rate of zero.
-        over = [self.seconds >= 60 * self.minutes and state.global_step > 1]
-        broadcast_object_list(over)  # clocks differ, and all processes must stop at one step
-        if over[0]:
-            control.should_training_stop = control.should_evaluate = control.should_save = True
+        asked = [over and state.global_step > 1, now - self._saved >= CHECKPOINT_SECONDS]
+        broadcast_object_list(asked)  # clocks differ, and all processes must do the same
+        if asked[0]:
+            control.should_training_stop = control.should_evaluate = True
+        control.should_save |= any(asked)
         return control
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Count from here to the next checkpoint."""
+        self._saved = time.monotonic()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
