@@ -88,15 +88,32 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fresh(saved: Path, **kwargs: Any) -> LogitLensLM:
     """A model of its own for each run: training puts an adapter into it."""
-    return LogitLensLM(pretrained=str(saved), layer=-1, device="cpu", batch_size=8, max_length=60, **kwargs)  # fmt: skip
+    return LogitLensLM(
+        pretrained=str(saved), layer=-1, device="cpu", batch_size=8, max_length=60, **kwargs
+    )
 
 
 def settings(output: Path, **more: Any) -> LoraSettings:
     return LoraSettings(output, **({"tasks": TASKS} | FAST | more))
 
 
-def run(saved: Path, include_path: Path, output: Path, *, resume: bool = False, overwrite: bool = False, **more: Any) -> adapter_files.Record:  # fmt: skip
-    return finetune(fresh(saved), settings(output, **more), resume=resume, overwrite=overwrite, include_path=include_path, command="spade-eval finetune ...")  # fmt: skip
+def run(
+    saved: Path,
+    include_path: Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    **more: Any,
+) -> adapter_files.Record:
+    return finetune(
+        fresh(saved),
+        settings(output, **more),
+        resume=resume,
+        overwrite=overwrite,
+        include_path=include_path,
+        command="spade-eval finetune ...",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +140,9 @@ def adapted(base: nn.Module, seed: int = 0, **config: Any) -> peft.PeftModel:
     """A model with a random adapter that changes much."""
     torch.manual_seed(seed)
     config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | config
-    return peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()  # fmt: skip
+    return peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(task_type="CAUSAL_LM", **config)
+    ).eval()
 
 
 # ---------------------------------------------------------------- what is learned
@@ -134,7 +153,9 @@ def requests(seed: int = 0, n: int = 6) -> list[Request]:
     rng = random.Random(seed)
     ids = [tuple(random_ids(1, 12, seed + i)[0].tolist()) for i in range(n)]
     cuts = [1, *(rng.randint(2, 9) for _ in range(n - 1))]
-    return [Request(row[:c], row[c : c + rng.randint(1, 3)]) for row, c in zip(ids, cuts, strict=True)]  # fmt: skip
+    return [
+        Request(row[:c], row[c : c + rng.randint(1, 3)]) for row, c in zip(ids, cuts, strict=True)
+    ]
 
 
 def nats(logits_of: Any, request: Request) -> list[float]:
@@ -164,7 +185,9 @@ def test_the_loss_is_that_of_the_answer_tokens(family: str) -> None:
 def test_the_head_sees_answer_positions_only() -> None:
     net = adapted(tiny("llama"))
     seen: list[tuple[int, ...]] = []
-    net.get_output_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape)))  # fmt: skip
+    net.get_output_embeddings().register_forward_hook(
+        lambda _m, _i, out: seen.append(tuple(out.shape))
+    )
     asked = requests()
     batch = examples.Collator(net)([examples.example(r, Layout(64)) for r in asked])
     labels = batch.pop("labels")
@@ -226,15 +249,23 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path: Path) -> None:
         results.append(peft.get_peft_model_state_dict(net))
     first = peft.get_peft_model_state_dict(adapted(model()))
     moved = sum(float((tensor - first[name]).abs().sum()) for name, tensor in results[0].items())
-    apart = sum(float((tensor - results[1][name]).abs().sum()) for name, tensor in results[0].items())  # fmt: skip
+    apart = sum(
+        float((tensor - results[1][name]).abs().sum()) for name, tensor in results[0].items()
+    )
     assert apart < 1e-2 * moved
 
 
-def test_validation_documents_are_not_trained_on(saved: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_validation_documents_are_not_trained_on(
+    saved: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     learned: list[Any] = []
     asked: list[Any] = []
     example, score = examples.example, questions.score
-    monkeypatch.setattr(examples, "example", lambda r, layout: learned.append((*r.context, *r.continuation)) or example(r, layout))  # fmt: skip
+    monkeypatch.setattr(
+        examples,
+        "example",
+        lambda r, layout: learned.append((*r.context, *r.continuation)) or example(r, layout),
+    )
     monkeypatch.setattr(questions, "score", lambda lm, some: asked.extend(some) or score(lm, some))
     found = run(saved, tasks, tmp_path / "out", tasks=("unvalidated",), max_steps=2)
     answers = {question.answer for question in asked}
@@ -261,10 +292,19 @@ def test_the_adapter_folder(whole: Path, saved: Path) -> None:
     p, n = told["after"]["all"]["mean"], 2 * VALIDATION
     assert told["after"]["all"]["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
     card = (whole / "README.md").read_text()
-    for text in ("spade-eval finetune ...", str(saved), "letters", f"{told['after']['all']['mean']:.3f} ±"):  # fmt: skip
+    for text in (
+        "spade-eval finetune ...",
+        str(saved),
+        "letters",
+        f"{told['after']['all']['mean']:.3f} ±",
+    ):
         assert text in card
     config = json.loads((whole / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(saved), 4, 8)  # fmt: skip
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (
+        str(saved),
+        4,
+        8,
+    )
 
 
 def test_it_has_learned(whole: Path, saved: Path, tasks: Path) -> None:
@@ -274,7 +314,9 @@ def test_it_has_learned(whole: Path, saved: Path, tasks: Path) -> None:
     assert adapted < plain - 2
 
 
-def test_another_seed_gives_another_adapter(whole: Path, saved: Path, tasks: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_another_seed_gives_another_adapter(
+    whole: Path, saved: Path, tasks: Path, tmp_path: Path
+) -> None:
     run(saved, tasks, tmp_path / "other", seed=1)
     assert weights(tmp_path / "other") != weights(whole)
 
@@ -296,7 +338,9 @@ def killed_in(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> No
     patch.setattr(owner, name, dies)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_adapter(whole: Path, saved: Path, tasks: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_adapter(
+    whole: Path, saved: Path, tasks: Path, tmp_path: Path
+) -> None:
     output, work = tmp_path / "out", tmp_path / ".out.finetune"
     kills = [
         (Trainer, "_save_optimizer_and_scheduler", 1, 2),  # the first checkpoint, at step 2
@@ -345,7 +389,9 @@ def scripted(values: list[float], net: Any, seen: list[dict]) -> Any:
     return validate
 
 
-def test_early_stopping_brings_the_best_adapter_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_early_stopping_brings_the_best_adapter_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lora, "PATIENCE", 2)
     monkeypatch.setattr(lora, "EVALUATIONS", 4)
     net = adapted(model(), init_lora_weights=True)
@@ -390,7 +436,9 @@ def test_the_time_before_a_break_counts() -> None:
     assert told.should_training_stop and told.should_evaluate and told.should_save
 
 
-def test_an_adapter_that_changes_nothing_is_an_error(saved: Path, tasks: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_an_adapter_that_changes_nothing_is_an_error(
+    saved: Path, tasks: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"adapter is not active.*higher --learning_rate"):
         run(saved, tasks, tmp_path / "out", learning_rate=1e-30, max_steps=2)
     assert not (tmp_path / "out").exists()
@@ -413,7 +461,9 @@ def test_accuracy_is_that_of_lm_eval(whole: Path, saved: Path, tasks: Path) -> N
 # ---------------------------------------------------------------- the adapter in use
 
 
-def test_peft_loads_it_and_scores_are_those_of_the_merged_model(whole: Path, saved: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_peft_loads_it_and_scores_are_those_of_the_merged_model(
+    whole: Path, saved: Path, tmp_path: Path
+) -> None:
     net = peft.PeftModel.from_pretrained(copy.deepcopy(model()), whole)
     net.merge_and_unload().save_pretrained(tmp_path / "merged")
     byte_tokenizer().save_pretrained(tmp_path / "merged")
@@ -467,7 +517,9 @@ def test_a_moved_model_is_the_same_model(whole: Path, bases: Any) -> None:
         ("family", "Target modules"),
     ],
 )
-def test_an_adapter_of_another_model_is_refused(kind: str, reason: str, whole: Path, saved: Path, bases: Any) -> None:  # fmt: skip
+def test_an_adapter_of_another_model_is_refused(
+    kind: str, reason: str, whole: Path, saved: Path, bases: Any
+) -> None:
     base = bases(kind)
     with pytest.raises(UserError, match=reason) as err:
         SpadeLayerLM(pretrained=str(base), peft=str(whole), layer=1, device="cpu")
@@ -503,7 +555,9 @@ def arguments(output: Path, saved: Path, tasks: Path, *more: str) -> list[str]:
     return ["finetune", *(word for pair in given.items() for word in pair), *more]
 
 
-def test_the_command(whole: Path, saved: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_command(
+    whole: Path, saved: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "deep" / "adapter"
     assert main(arguments(output, saved, tasks)) == 0
     table = capsys.readouterr().out.split("task  ")[-1].splitlines()
@@ -543,7 +597,15 @@ def test_the_command(whole: Path, saved: Path, tasks: Path, tmp_path: Path, caps
         (["--model_args", "pretrained={whole_base},peft={whole}"], "has an adapter already"),
     ],
 )  # fmt: skip
-def test_bad_input_ends_in_a_sentence(more: list[str], message: str, whole: Path, saved: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_bad_input_ends_in_a_sentence(
+    more: list[str],
+    message: str,
+    whole: Path,
+    saved: Path,
+    tasks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     more = [word.format(whole=whole, whole_base=saved) for word in more]
     assert main(arguments(tmp_path / "out", saved, tasks, *more)) == 2
     error = capsys.readouterr().err
@@ -552,7 +614,9 @@ def test_bad_input_ends_in_a_sentence(more: list[str], message: str, whole: Path
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_with_other_files_is_not_replaced(saved: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_folder_with_other_files_is_not_replaced(
+    saved: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert main(arguments(tmp_path, saved, tasks, "--overwrite")) == 2
     assert "holds other files (notes.txt), and the adapter replaces" in capsys.readouterr().err
@@ -574,7 +638,9 @@ def test_bf16_trains_an_adapter_in_fp32(saved: Path, tasks: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_default_model(default_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_default_model(
+    default_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Trained without pretrained=, used without it, and by the harness's own class."""
     output = tmp_path / "adapter"
     fast = ["--max_steps", "2", "--validation_documents", "4", "--output", str(output)]

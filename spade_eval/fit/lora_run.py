@@ -110,7 +110,7 @@ def finetune(
     seconds = time.perf_counter() - begin
     lora.require_active(model, examples.Collator(model)(learned[: settings.micro_batch_size]))
     after = validate()
-    if after["all"].mean <= before["all"].mean:
+    if processes.is_main_process and after["all"].mean <= before["all"].mean:
         log.warning("On the validation documents the adapter is no better than the model alone.")
     record = adapter_files.Record(
         base_model=lm._model_source,
