@@ -26,11 +26,14 @@ from zoo import BYTES, VOCAB, byte_tokenizer, random_ids, tiny
 from spade_eval import adapter_files
 from spade_eval.cli import main
 from spade_eval.errors import UserError
+from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import documents, examples, lora, questions
 from spade_eval.fit.lora_run import finetune
 from spade_eval.fit.lora_settings import LoraSettings
 from spade_eval.fit.precision import bf16_is_fast
-from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
+from spade_eval.fit.run import fit
+from spade_eval.fit.settings import FitSettings
+from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM
 from spade_eval.scoring import Layout, Request
 
 if TYPE_CHECKING:
@@ -479,6 +482,21 @@ def test_peft_loads_it_and_scores_are_those_of_the_merged_model(
         if layer == -1:
             close(answers, theirs)
             assert max(abs(a - b) for (a, _), (b, _) in zip(answers, plain, strict=True)) > 0.1
+
+
+def test_a_lens_belongs_to_the_adapter(whole: Path, saved: Path, tmp_path: Path) -> None:
+    common = {"device": "cpu", "max_length": 60}
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the {word} and the {word}" for word in ("sea", "sun", "moon")))
+    lm = SpadeLayerLM(pretrained=str(saved), peft=str(whole), layer=-1, **common)
+    given = FitSettings("l_spade", tmp_path / "lens", text=text, max_positions=30, epochs=0)
+    assert fit(lm, given).config.adapter == adapter_fingerprint(lm.model)
+    use = {"layer": 2, "lens": str(tmp_path / "lens"), **common}
+    LSpadeLM(pretrained=str(saved), peft=str(whole), **use)
+    adapted(model()).save_pretrained(tmp_path / "another")
+    for other in ({}, {"peft": str(tmp_path / "another")}):
+        with pytest.raises(UserError, match="adapter"):
+            LSpadeLM(pretrained=str(saved), **other, **use)
 
 
 @pytest.fixture

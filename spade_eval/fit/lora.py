@@ -132,6 +132,8 @@ def _trainer(
         seed=settings.seed,
         report_to="none",
     )
+    # Several GPUs in sight would share each batch; `accelerate launch` gives each its own.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return AnswerTrainer(
         validate,
         model=model,
