@@ -154,6 +154,13 @@ def _fit(argv: list[str]) -> int:
     return fit_main(argv, tasks_path())
 
 
+def _sweep(argv: list[str]) -> int:
+    """Sweep layers, decoders and thresholds."""
+    from spade_eval.sweep.command import main as sweep_main
+
+    return sweep_main(argv, tasks_path())
+
+
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
@@ -168,6 +175,7 @@ def _tasks_path(argv: list[str]) -> int:
 _COMMANDS = {
     "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
     "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
+    "sweep": _Command("every decoder, layer and threshold from one pass over each task", _sweep),
     "tasks-path": _Command(
         "print the folder of our task files, for lm_eval --include_path", _tasks_path
     ),

@@ -76,7 +76,7 @@ def from_tasks(
     if split not in SPLITS:
         raise UserError(f"split={split!r} is not known; valid: {', '.join(SPLITS)}.")
     streams = []
-    for name, task in _load(names, include_path).items():
+    for name, task in load_tasks(names, include_path).items():
         rows = _rows(name, task, split)
         streams.append(_documents(name, rows, partial(_format, lm, task), seed))
     return _take(streams, most)
@@ -165,7 +165,7 @@ def _take(streams: list[Generator[Document, None, None]], most: int | None) -> l
     return documents
 
 
-def _load(names: Sequence[str], include_path: Any) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], include_path: Any) -> dict[str, Any]:
     """Build the named tasks, each once, in the order of the names."""
     manager = TaskManager(include_path=include_path)
     tasks: dict[str, Any] = {}

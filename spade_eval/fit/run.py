@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from spade_eval.fingerprint import adapter_fingerprint, fingerprint
 from spade_eval.fit import documents, states
 from spade_eval.fit.descent import Descent, Progress, Recipe
 from spade_eval.fit.maps import Pairs, measure
+from spade_eval.fit.memory import peak_memory_mb
 from spade_eval.fit.settings import check_output, layer_list
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
@@ -131,7 +130,7 @@ def fit(
             "resumed": resume,  # the states' seconds are then those of the last process
             "seconds_states": round(seconds, 1),
             "seconds_training": round(sum(part.seconds for part in parts.values()), 1),
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(),
         },
         command=command,
         package_version=__version__,
@@ -301,9 +300,3 @@ def _bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _peak_memory_mb() -> int:
-    """Of this process; on a GPU machine without the GPU's own."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
