@@ -174,7 +174,7 @@ TASKS = ("spade_mini_science", "spade_mini_articles")
 
 def settings(output: Path, **kwargs: Any) -> SweepSettings:
     few = ask(scopes=("context",), confidences=("entropy",), thresholds=(3.0, 4.0))
-    return SweepSettings(**({"output": output, "tasks": TASKS, "ask": few, "limit": 5} | kwargs))
+    return SweepSettings(**({"output": output, "tasks": TASKS, "ask": few, "limit": 3} | kwargs))
 
 
 def run(
@@ -208,7 +208,7 @@ def test_metrics_and_their_errors_are_lm_evals(tmp_path: Path) -> None:
             and not pd.isna(v)
         }
         lm = alone(columns, "llama", maps, max_length=255)
-        theirs = simple_evaluate(lm, tasks=list(TASKS), limit=5, task_manager=manager)
+        theirs = simple_evaluate(lm, tasks=list(TASKS), limit=3, task_manager=manager)
         assert theirs is not None
         for row in rows.to_dict("records"):
             own = theirs["results"][row["task"]]
@@ -249,7 +249,7 @@ def test_the_files_hold_the_table(tmp_path: Path) -> None:
         .apply(lambda x: int(np.argmax(x)))
     )
     task = load_tasks([TASKS[0]], tasks_path())[TASKS[0]]
-    docs = list(task.eval_docs)[:5]
+    docs = list(task.eval_docs)[:3]
     hits = [best[i] == task.doc_to_target(doc) for i, doc in enumerate(docs)]
     row = found[
         (found["decoder"] == "full") & (found["task"] == TASKS[0]) & (found["metric"] == "acc")
@@ -318,9 +318,9 @@ def test_a_finished_sweep_is_not_replaced(tmp_path: Path) -> None:
     run(tmp_path / "out")
     with pytest.raises(UserError, match=r"holds a finished sweep\. Give another --output"):
         run(tmp_path / "out")
-    with pytest.raises(UserError, match=r"of another configuration \(limit was 5, is 4\)"):
-        run(tmp_path / "out", limit=4)
-    assert len(run(tmp_path / "out", limit=4, overwrite=True))
+    with pytest.raises(UserError, match=r"of another configuration \(limit was 3, is 2\)"):
+        run(tmp_path / "out", limit=2)
+    assert len(run(tmp_path / "out", limit=2, overwrite=True))
     with pytest.raises(UserError, match="nothing to resume"):
         run(tmp_path / "new", resume=True)
 
