@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Ints
 
@@ -31,7 +33,12 @@ class Answers:
 
 
 def read(
-    backbone: Backbone, h: Tensor, read_at: Ints, targets: Ints, softmax_dtype: torch.dtype
+    backbone: Backbone,
+    h: Tensor,
+    read_at: Ints,
+    targets: Ints,
+    softmax_dtype: torch.dtype,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Answers:
     """Head, log-softmax and gather, over a bounded number of positions at a time.
 
@@ -41,6 +48,7 @@ def read(
         read_at: For each of N reads the position it reads, ascending, (N,).
         targets: The token whose log-probability it asks for, (N,).
         softmax_dtype: The log-softmax is computed in this type.
+        watch: Is shown each block of logits, (P', V), and the position that it begins with.
     """
     rows_at = torch.from_numpy(read_at).to(h.device)
     tokens = torch.from_numpy(targets).to(h.device)
@@ -49,6 +57,8 @@ def read(
     rows = backbone.logits_rows(softmax_dtype)
     for first in range(0, len(h), rows):
         logits = backbone.logits(h[first : first + rows]).to(h.device)  # (P', V)
+        if watch is not None:
+            watch(first, logits)
         here = slice(*np.searchsorted(read_at, (first, first + rows)))
         at, target = rows_at[here] - first, tokens[here]
         # The same operation as HFLM's, so that its rounding cancels in a comparison.

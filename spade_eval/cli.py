@@ -161,6 +161,13 @@ def _finetune(argv: list[str]) -> int:
     return finetune_main(argv, tasks_path())
 
 
+def _sweep(argv: list[str]) -> int:
+    """Sweep layers, decoders and thresholds."""
+    from spade_eval.sweep.command import main as sweep_main
+
+    return sweep_main(argv, tasks_path())
+
+
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
@@ -176,6 +183,7 @@ _COMMANDS = {
     "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
     "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
     "finetune": _Command("train a LoRA adapter on tasks, for peft= of all models", _finetune),
+    "sweep": _Command("every decoder, layer and threshold from one pass over each task", _sweep),
     "tasks-path": _Command(
         "print the folder of our task files, for lm_eval --include_path", _tasks_path
     ),

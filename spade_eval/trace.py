@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from spade_eval.answers import Answers, read
-from spade_eval.compaction import Rows, compact
 from spade_eval.decisions import Decisions, decide
 from spade_eval.decoders import Decoder, States
+from spade_eval.departures import Departures, rows_of
 from spade_eval.exits import request_mean
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Batch, Ints
+    from spade_eval.compaction import Rows
     from spade_eval.exits import ExitRule, Scope
     from spade_eval.hollow import Lane
     from spade_eval.lens import LinearLens
@@ -55,12 +56,6 @@ class Trace:
     confidence: NDArray[np.float32]
     passed: Ints
     checked: Ints
-
-
-def rows_of(batch: Batch) -> Rows:
-    """A batch's rows before anything has left."""
-    origin = np.arange(batch.ids.size).reshape(batch.ids.shape)
-    return Rows(batch.ids, batch.real, batch.positions, batch.sees, origin)
 
 
 def enter(backbone: Backbone, rows: Rows) -> Lane:
@@ -152,24 +147,23 @@ class _Climb:
     def __init__(self, backbone: Backbone, batch: Batch, scope: Scope):
         self.backbone, self.batch = backbone, batch
         self.who = who = decide(batch, scope)
-        self.exit_layers = np.full(who.count, backbone.n_layers)
+        self.departures = Departures(batch, who, backbone.n_layers)
         self.confidence = np.full(who.count, np.nan, dtype=np.float32)
         self.checked = np.zeros(who.count, dtype=np.int64)
-        self.passed = np.zeros(batch.ids.size, dtype=np.int64)
-        # A start token answers with its own stored state: it alone keeps nothing in the lane.
-        self.later = batch.scored_positions[who.member_at] > 0
-        self.undecided = np.zeros(who.count, dtype=bool)
-        self.undecided[who.member_of[self.later]] = True
         self.h = torch.empty(
             len(who.member_at), backbone.width, dtype=backbone.model.dtype, device=backbone.device
         )
-        self.rows = rows_of(batch)
-        self.lane = enter(backbone, self.rows)
+        self.lane = enter(backbone, self.departures.rows)
+
+    @property
+    def undecided(self) -> NDArray[np.bool_]:
+        """Which decisions are open, (D,)."""
+        return self.departures.undecided
 
     def advance(self, layer: int) -> None:
         """Run what is left of the main lane up to `layer`."""
         self.backbone.advance(self.lane, layer)
-        self.passed[self.rows.origin[self.rows.real]] = layer
+        self.departures.advance(layer)
 
     def to_check(self) -> tuple[Ints, Ints]:
         """Scored positions whose confidence is wanted, (K,), and their decisions, (K,)."""
@@ -178,7 +172,7 @@ class _Climb:
 
     def gather(self, at: Ints) -> Tensor:
         """States of scored positions where the lane now is, (K, d)."""
-        flat = self.rows.where(self.batch.scored[at])
+        flat = self.departures.rows.where(self.batch.scored[at])
         return _gather(self.lane, flat).to(self.backbone.device)
 
     def confident(self, values: Tensor, of: Ints, rule: ExitRule) -> NDArray[np.bool_]:
@@ -193,19 +187,11 @@ class _Climb:
         """Take the states of decisions (D,) that exit; drop from the lane what nobody needs."""
         if not leaving.any():
             return
-        who = self.who
-        self.exit_layers[leaving] = layer
-        members = np.flatnonzero(leaving[who.member_of] & self.later)
-        h = self.gather(who.member_at[members])
+        members = self.departures.leave(layer, leaving)
+        h = self.gather(self.who.member_at[members])
         self.h[torch.from_numpy(members).to(h.device)] = h.to(self.h.dtype)
-        self.undecided = self.undecided & ~leaving
-        still = self.undecided[who.member_of] & self.later
-        if not still.any():
-            return
-        open_at = self.batch.scored[np.unique(who.member_at[still])]
-        if (found := compact(self.rows, open_at)) is not None:
-            self.rows, source = found
-            before, self.lane = self.lane, enter(self.backbone, self.rows)
+        if (source := self.departures.compact()) is not None:
+            before, self.lane = self.lane, enter(self.backbone, self.departures.rows)
             self.lane.h = _gather(before, source.reshape(-1)).view(*source.shape, -1)
             self.lane.depth = layer
 
@@ -241,7 +227,7 @@ def _answer(
     for climb in climbs:
         who = climb.who
         # Members that left a position at the same layer share its answer.
-        left = np.stack([who.member_at, climb.exit_layers[who.member_of]])  # (2, M)
+        left = np.stack([who.member_at, climb.departures.exit_layers[who.member_of]])  # (2, M)
         (at, layers), one, of = np.unique(left, axis=1, return_index=True, return_inverse=True)
         h = climb.h[torch.from_numpy(one).to(climb.h.device)]
         states.append(_states(backbone, climb.batch, h, torch.from_numpy(layers), at))
@@ -263,9 +249,9 @@ def _answer(
             Trace(
                 Answers(logprobs[own].tolist(), greedy[own].tolist()),
                 climb.who,
-                climb.exit_layers,
+                climb.departures.exit_layers,
                 climb.confidence,
-                climb.passed.reshape(climb.batch.ids.shape),
+                climb.departures.passed.reshape(climb.batch.ids.shape),
                 climb.checked,
             )
         )

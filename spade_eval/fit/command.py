@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from spade_eval.errors import UserError, did_you_mean
+from spade_eval.arguments import Parser
+from spade_eval.errors import UserError
 from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.fit.settings import FitSettings, check_output
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from spade_eval.lens import LinearLens
 
 _EPILOG = """\
@@ -26,21 +25,6 @@ examples:
 """
 
 _ONCE = ("--resume", "--overwrite")  # about this run, not about the lens
-
-
-class Parser(argparse.ArgumentParser):
-    """Names the option that was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise for a bad argument, where argparse would print and exit."""
-        options = [option for action in self._actions for option in action.option_strings]
-        words = message.split()
-        hint = next((h for w in words if w.startswith("--") if (h := _near(w, options))), "")
-        raise UserError(f"{message}.{hint} `{self.prog} --help` lists the arguments.")
-
-
-def _near(word: str, options: Sequence[str]) -> str:
-    return "" if word in options else did_you_mean(word, options)
 
 
 def parser() -> argparse.ArgumentParser:

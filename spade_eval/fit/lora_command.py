@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spade_eval.fit.command import Parser
+from spade_eval.arguments import Parser
 from spade_eval.fit.lora_settings import LoraSettings, check_output
 from spade_eval.fit.memory import keep_freed_blocks
 

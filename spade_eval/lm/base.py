@@ -97,6 +97,8 @@ class SpadeLM(HFLM):
 
     most_tokens_at_once = 0
     """Batches of less than so many tokens are scored with the next ones."""
+    most_tokens_in_batch = sys.maxsize
+    """Batches are cut before they have more."""
 
     def _score(self, batches: Sequence[Batch], account: Account) -> Sequence[Answers]:
         """Score batches and add what they cost to `account`."""
@@ -268,7 +270,7 @@ class SpadeLM(HFLM):
 
     def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[Batch]:
         """Batches of the size that the user gave; "auto" finds it, "auto:N" does so N times."""
-        most = self.backbone.most_tokens
+        most = min(self.backbone.most_tokens, self.most_tokens_in_batch)
         if fixed or self.batch_size != "auto":
             yield from map(collate, cut(plan.rows, int(fixed or self.batch_size), most))
             return

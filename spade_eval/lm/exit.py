@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from spade_eval.cost import Prices
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
 from spade_eval.errors import UserError
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from spade_eval.answers import Answers
     from spade_eval.batching import Batch
-    from spade_eval.cost import Account
+    from spade_eval.cost import Account, Prices
     from spade_eval.decoders import Decoder
     from spade_eval.lm.base import TokenRequest
 
@@ -109,14 +108,9 @@ class SpadeExitLM(SpadeLM):
         self.rule.candidates(n_layers, maps)
 
     def _prices(self, head: float) -> Prices:
-        map_ = 0.0
-        if self._loaded is not None:  # d^2 multiply-adds, or 2 r d
-            config = self._loaded.config
-            weights = config.width * (2 * config.rank if config.rank else config.width)
-            map_ = 2 * weights / self.backbone.operations
-        # The head at a handful of choices costs nothing beside the map.
-        asked = 0.0 if self.rule.confidence == "choice_entropy" else head
-        return Prices(self.backbone.n_layers, head, map_ + asked)
+        confidence = self.rule.confidence
+        n_layers, operations = self.backbone.n_layers, self.backbone.operations
+        return lenses.prices(n_layers, head, self._loaded, confidence, operations)
 
     # ------------------------------------------------------------------ requests
 
@@ -137,10 +131,7 @@ class SpadeExitLM(SpadeLM):
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
         if self.rule.confidence != "choice_entropy":
             return
-        first: dict[tuple[int, ...], dict[int, None]] = {}
-        for _, context, continuation in requests:
-            first.setdefault(tuple(context), {})[continuation[0]] = None
-        self._choices = {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}
+        self._choices = first_tokens(requests)
 
     # States of 1,000 tokens take 2.3 MB for 135M in fp32, 8 MB for 7B in bf16.
     most_tokens_at_once = 8192
@@ -221,6 +212,14 @@ class LensExitLM(SpadeExitLM):
 
     name = "lens_exit"
     default_readout: Readout = "lens"
+
+
+def first_tokens(requests: Sequence[TokenRequest]) -> dict[int, list[int]]:
+    """For each request the first tokens of its context's continuations, each once."""
+    first: dict[tuple[int, ...], dict[int, None]] = {}
+    for _, context, continuation in requests:
+        first.setdefault(tuple(context), {})[continuation[0]] = None
+    return {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}
 
 
 def _writable(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spade_eval.cost import Prices
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import digest
 from spade_eval.lens import LinearLens, check
@@ -70,6 +71,28 @@ def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: boo
         lens = LinearLens.identity(backbone.n_layers, backbone.width)
     check(lens, backbone.model, _name(name), force=force)
     return lens.to(device=backbone.device, dtype=backbone.model.dtype).requires_grad_(False)
+
+
+def prices(
+    n_layers: int, head: float, lens: LinearLens | None, confidence: str, operations: float
+) -> Prices:
+    """What heads and checks cost in token-layers.
+
+    Args:
+        n_layers: L.
+        head: Price of a head.
+        lens: Whose map a check applies; None for the identity.
+        confidence: What it measures.
+        operations: Of a layer's matrix products per token.
+    """
+    map_ = 0.0
+    if lens is not None:  # d^2 multiply-adds, or 2 r d
+        config = lens.config
+        weights = config.width * (2 * config.rank if config.rank else config.width)
+        map_ = 2 * weights / operations
+    # The head at a handful of choices costs nothing beside the map.
+    asked = 0.0 if confidence == "choice_entropy" else head
+    return Prices(n_layers, head, map_ + asked)
 
 
 def describe(lens: LinearLens, name: object) -> dict[str, object]:

@@ -1,0 +1,1 @@
+"""All layers, decoders and thresholds from one pass; thresholds with a guarantee."""

@@ -1,0 +1,295 @@
+"""The model of a sweep: lm-eval's requests in, every cell's answers kept for the replay."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from spade_eval.answers import Answers
+from spade_eval.cost import Account, Prices
+from spade_eval.decisions import decide
+from spade_eval.decoders import Spade
+from spade_eval.errors import UserError
+from spade_eval.lens import LinearLens
+from spade_eval.lm import lenses
+from spade_eval.lm.base import SpadeLM
+from spade_eval.lm.exit import first_tokens
+from spade_eval.sweep.batch import Found, Reader, watched
+from spade_eval.sweep.exits import decided_values, exit_layers, follow
+from spade_eval.sweep.grid import DECODERS, IDENTITY, LENSES, Ask, Exit, Grid, Reading, grid, key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from spade_eval.batching import Batch
+    from spade_eval.decoders import Positions
+    from spade_eval.exits import Scope
+    from spade_eval.lm.base import TokenRequest
+    from spade_eval.sweep.store import Store
+
+Cell = Reading | Exit
+
+
+@dataclass
+class Call:
+    """The answers to one call of lm-eval, or to one of whole texts.
+
+    Attributes:
+        instances: lm-eval's instance behind each of R requests; a text has one for each window.
+        logprobs: Sums over a request's reads, for each reading and then each exit, (C + E, R).
+        greedy: Whether all of them are the most likely tokens, (C + E, R).
+    """
+
+    instances: Sequence[Any]
+    logprobs: NDArray[np.float64]
+    greedy: NDArray[np.bool_]
+
+
+@dataclass
+class Collected:
+    """What a sweep collects on one task.
+
+    Attributes:
+        store: Where its batches are kept.
+        calls: Answers.
+        accounts: What a run of each cell alone would have computed, (C + E).
+        seconds: What all batches took when they were computed.
+    """
+
+    store: Store
+    calls: list[Call] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class SweepLM(SpadeLM):
+    """Reads every layer through every decoder, in one pass of the model.
+
+    Args:
+        pretrained: As in `SpadeLM`.
+        ask: What is asked for.
+        maps: Lenses by name; of the same name only if of different kinds. Empty takes the default
+            model's own, if it is used, as "default".
+        positions: Of SPADE's pairs, see `SpadeLayerLM`.
+        force_lens: Whether a lens of another model, of the same size, is a warning only.
+        **kwargs: HFLM's arguments.
+    """
+
+    most_tokens_in_batch = 2048  # with all layers' states, 150 MB for 135M in fp32
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        ask: Ask | None = None,
+        maps: Sequence[tuple[str, str | Path | LinearLens]] = (),
+        positions: Positions = "reset",
+        force_lens: bool = False,
+        **kwargs: Any,
+    ):
+        self.ask = ask or Ask()
+        self._spade = Spade(positions=positions)
+        self._positions = positions
+        asked = self.ask.decoders
+        if not maps and pretrained is None and (asked is None or "l_spade" in asked):
+            maps = [("default", lenses.DEFAULT_LENS)]
+        self.maps = _load(maps)
+        self._sources = dict(maps)
+        super().__init__(pretrained, **kwargs)
+        self.maps = {
+            k: (name, lenses.fit_to(lens, self.backbone, name, force_lens))
+            for k, (name, lens) in self.maps.items()
+        }
+        self.grid: Grid = grid(self.ask, self.backbone.n_layers, self.maps)
+        keys = {k: (str(lens.config.decoder), name) for k, (name, lens) in self.maps.items()}
+        by_reading = {keys[k]: lens for k, (_, lens) in self.maps.items()}
+        self.reader = Reader(
+            self.backbone, self.grid, by_reading, {**keys, IDENTITY: (IDENTITY, "")}, self._spade,
+            self.softmax_dtype or torch.float32,
+        )  # fmt: skip
+        self._head = self.prices.head
+        self._whole_texts = False
+        self._choices: dict[int, list[int]] = {}
+        self.collected: Collected | None = None
+
+    def _check_config(self, n_layers: int) -> None:
+        loaded = {k: (name, lens) for k, (name, lens) in self.maps.items()}
+        grid(self.ask, n_layers, loaded)
+
+    def begin(self, store: Store) -> Collected:
+        """Collect what comes from here on."""
+        cells = len(self.grid.readings) + len(self.grid.exits)
+        self.collected = Collected(store, accounts=[Account() for _ in range(cells)])
+        self._started: list[set[int]] = [set() for _ in range(cells)]
+        return self.collected
+
+    # ------------------------------------------------------------------ requests
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As in `SpadeLM`; every token decides for itself."""
+        self._whole_texts = True
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._whole_texts = False
+
+    def _prepare(self, requests: Sequence[TokenRequest]) -> None:
+        asked = any(e.rule.confidence == "choice_entropy" for e in self.grid.exits)
+        self._choices = first_tokens(requests) if asked and not self._whole_texts else {}
+        if self.collected is not None:
+            shape = (len(self.grid.readings) + len(self.grid.exits), len(requests))
+            self.collected.calls.append(
+                Call(self._instances, np.zeros(shape), np.ones(shape, dtype=bool))
+            )
+
+    def scope(self, exit_: Exit) -> Scope:
+        """Where an exit's decisions are taken in the requests at hand."""
+        return "token" if self._whole_texts else exit_.rule.scope
+
+    def _score(self, batches: Sequence[Batch], account: Account) -> list[Answers]:
+        return [self._score_one(batch, account) for batch in batches]
+
+    def _score_one(self, batch: Batch, account: Account) -> Answers:
+        scopes = sorted({self.scope(exit_) for exit_ in self.grid.exits})
+        collected = self.collected
+        if collected is None or account is not self.account:  # how much fits into memory?
+            found = self.reader.read(batch, scopes, self._choices)
+            return Answers(found.logprobs[0].tolist(), found.greedy[0].tolist())
+        path = collected.store.next()
+        kept = collected.store.load(path, batch)
+        if kept is None:
+            begin = time.perf_counter()
+            found = self.reader.read(batch, scopes, self._choices)
+            kept = found, time.perf_counter() - begin
+            collected.store.keep(path, batch, *kept)
+        found, seconds = kept
+        collected.seconds += seconds
+        self._collect(collected, batch, found, scopes)
+        n, no_tails = self.backbone.n_layers, np.zeros(len(batch.scored), dtype=bool)
+        account.add(batch, self._source, self.prices, n, n, no_tails, 0)
+        return Answers(found.logprobs[0].tolist(), found.greedy[0].tolist())
+
+    # ------------------------------------------------------------------ cells
+
+    def _collect(
+        self, into: Collected, batch: Batch, found: Found, scopes: Sequence[Scope]
+    ) -> None:
+        """Add a batch's answers to every cell."""
+        for index, reading in enumerate(self.grid.readings):
+            self._add(into, index, batch, found.logprobs[index], found.greedy[index])
+            decoder = self.reader.decoder(reading.decoder, reading.lens)
+            tails = decoder.tails(batch.scored_positions)
+            pairs = reading.decoder in ("spade", *LENSES)
+            starts = self._starts(index, batch, tails, pairs) if pairs else 0
+            into.accounts[index].add(
+                batch, self._source, self.prices, reading.layer, reading.layer, tails, starts
+            )
+        self._collect_exits(into, batch, found, watched(batch, scopes))
+
+    def _collect_exits(
+        self, into: Collected, batch: Batch, found: Found, at: NDArray[np.int64]
+    ) -> None:
+        n_layers = self.backbone.n_layers
+        followed: dict[tuple[Any, ...], Any] = {}
+        at_start = batch.scored_positions[batch.read_at] == 0
+        for number, exit_ in enumerate(self.grid.exits, len(self.grid.readings)):
+            scope, rule = self.scope(exit_), exit_.rule
+            who = decide(batch, scope)
+            candidates = self.grid.candidates[exit_.lens]
+            values = decided_values(who, at, found.confidences[exit_.lens, rule.confidence])
+            layers = exit_layers(values, candidates, rule, n_layers)
+            # Rules that decide alike move the same tokens.
+            same = (scope, candidates, rule.never, layers.tobytes())
+            if same not in followed:
+                followed[same] = follow(batch, who, layers, candidates, rule.never, n_layers)
+            done = followed[same]
+            # At position 0 the start token's own full depth answers, whatever the map.
+            source = np.where(at_start, n_layers, done.of_reads)
+            reading = self._reading(exit_)
+            rows = {layer: self.grid.index(Reading(*reading, layer)) for layer in np.unique(source)}
+            row = np.vectorize(rows.get, otypes=[np.int64])(source)
+            reads = np.arange(len(source))
+            self._add(into, number, batch, found.logprobs[row, reads], found.greedy[row, reads])
+            decoder = self.reader.decoder(*reading)
+            tails = decoder.tails(batch.scored_positions)
+            below = np.zeros(len(batch.scored), dtype=bool)
+            np.logical_or.at(below, batch.read_at, done.of_reads < n_layers)
+            starts = 0 if rule.never else self._starts(number, batch, tails & below, first=True)
+            account, prices = into.accounts[number], self._exit_prices(exit_)
+            account.add(batch, self._source, prices, done.passed, done.of_reads, tails, starts)
+            account.add_exits(batch, self._source, prices, who, done.layers, done.checked)
+
+    def _reading(self, exit_: Exit) -> tuple[str, str]:
+        """Which decoder, and with which maps, answers after an exit."""
+        return ("spade", "") if exit_.rule.readout == "spade" else self.reader.keys[exit_.lens]
+
+    @staticmethod
+    def _add(
+        into: Collected,
+        cell: int,
+        batch: Batch,
+        logprobs: NDArray[np.float32],
+        greedy: NDArray[np.bool_],
+    ) -> None:
+        call = into.calls[-1]
+        np.add.at(call.logprobs[cell], batch.requests, logprobs)
+        np.logical_and.at(call.greedy[cell], batch.requests, greedy)
+
+    def _starts(self, cell: int, batch: Batch, tails: NDArray[np.bool_], first: bool) -> int:
+        """How many start tokens a run of the cell alone would have to compute for this batch.
+
+        Args:
+            cell: The cell.
+            batch: The batch.
+            tails: Scored positions that go on as pairs, (P,).
+            first: Whether position 0 is answered by the start token's own states.
+        """
+        asked = tails | (batch.scored_positions == 0) if first else tails
+        used = set(batch.start_ids[asked].tolist())
+        new = used - self._started[cell]
+        self._started[cell] |= new
+        return len(new)
+
+    def _exit_prices(self, exit_: Exit) -> Prices:
+        lens = None if exit_.lens == IDENTITY else self.maps[exit_.lens][1]
+        return lenses.prices(
+            self.backbone.n_layers,
+            self._head,
+            lens,
+            exit_.rule.confidence,
+            self.backbone.operations,
+        )
+
+    def _settings(self) -> dict[str, object]:
+        found = {
+            k: lenses.describe(lens, self._sources.get(name))
+            for k, (name, lens) in self.maps.items()
+        }
+        return {"decoder": "sweep", "positions": self._positions, "lenses": found}
+
+
+def _load(
+    maps: Sequence[tuple[str, str | Path | LinearLens]],
+) -> dict[str, tuple[str, LinearLens]]:
+    """Load lenses before the model, so that a wrong name costs no time.
+
+    Raises:
+        UserError: A lens cannot be loaded, is no decoder's, or has another's name.
+    """
+    found: dict[str, tuple[str, LinearLens]] = {}
+    for name, source in maps:
+        lens = source if isinstance(source, LinearLens) else LinearLens.from_pretrained(source)
+        if lens.config.decoder not in DECODERS:
+            raise UserError(f"lens {name}={source} is a {lens.config.decoder} lens: leave it out.")
+        if key(lens, name) in found:
+            raise UserError(
+                f"two {lens.config.decoder} lenses are called {name}: give each a name of its own."
+            )
+        found[key(lens, name)] = (name, lens)
+    return found

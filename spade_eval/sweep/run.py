@@ -1,0 +1,272 @@
+"""Sweep: for each task one pass that computes, then every cell through lm-eval's metrics."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import shutil
+import time
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.evaluator import evaluate
+from tqdm import tqdm
+
+from spade_eval import __version__
+from spade_eval.cost import Account
+from spade_eval.errors import UserError
+from spade_eval.fingerprint import adapter_fingerprint
+from spade_eval.fit.memory import peak_memory_mb
+from spade_eval.lm.cache import fingerprint
+from spade_eval.sweep import table
+from spade_eval.sweep.replay import Replay, metrics, requests_kept
+from spade_eval.sweep.settings import CONFIG, TABLE, check_output, claim, write_json
+from spade_eval.sweep.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import pandas as pd
+
+    from spade_eval.sweep.lm import Collected, SweepLM
+    from spade_eval.sweep.settings import SweepSettings
+
+log = logging.getLogger(__name__)
+
+SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+
+
+def require_scored(tasks: Mapping[str, Any]) -> None:
+    """Make sure that all tasks score log-likelihoods.
+
+    Raises:
+        UserError: Names those that do not.
+    """
+    others = [name for name, task in tasks.items() if task.OUTPUT_TYPE not in SCORED]
+    if others:
+        raise UserError(
+            f"{', '.join(others)}: a sweep scores log-likelihoods, and this task asks for "
+            "generated text. Leave it out."
+        )
+
+
+def configure(task: Any, settings: SweepSettings) -> None:
+    """Set a task up as lm-eval's command line does."""
+    own = task.get_config("num_fewshot")
+    if settings.num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=settings.seed)
+
+
+def sweep(
+    lm: SweepLM,
+    tasks: Mapping[str, Any],
+    settings: SweepSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+) -> pd.DataFrame | None:
+    """Sweep the tasks and write the table.
+
+    Args:
+        lm: The model.
+        tasks: lm-eval's tasks by name.
+        settings: What was asked for.
+        resume: Whether to go on in the work folder.
+        overwrite: Whether to replace what is there.
+        command: For the folder's record.
+
+    Returns:
+        The table; None on all processes but the first.
+
+    Raises:
+        UserError: Bad input; what has been computed stays in the work folder.
+    """
+    check_output(settings, resume, overwrite)
+    lm.barrier()  # or a slow process would find the first one's work folder
+    if lm.rank == 0:
+        claim(settings, fingerprint(lm, lm._settings()), overwrite)
+    lm.barrier()
+    rows: list[dict[str, Any]] = []
+    samples: list[pd.DataFrame] = []
+    about: dict[str, Any] = {}
+    begin = time.perf_counter()
+    for name, task in tasks.items():
+        configure(task, settings)
+        folder = settings.work / re.sub(r"[^\w.-]+", "_", name)
+        collected = compute(lm, name, task, folder, settings)
+        seconds = max(lm.gather_object(collected.seconds) or [0.0])
+        found = _replay(lm, name, task, collected, settings)
+        if lm.rank == 0:
+            fixed = {"model": lm._model_source, "adapter": lm.peft or "", "task": name}
+            rows += [{**fixed, **row, "seconds": round(seconds, 3)} for row in found]
+            about[name] = _about(task, collected, lm, seconds)
+        if settings.log_samples:
+            samples.append(_samples(lm, name, task, collected))
+    if settings.log_samples:
+        samples = _gathered(lm, samples)
+    if lm.rank != 0:
+        return None
+    whole = table.frame(rows)
+    record = {
+        "spade_eval": __version__,
+        "command": command,
+        "model": lm._model_source,
+        "adapter": lm.peft or None,
+        "adapter_fingerprint": adapter_fingerprint(lm.model),
+        "n_layers": lm.backbone.n_layers,
+        "tasks": about,
+        "seed": settings.seed,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "peak_memory_mb": peak_memory_mb(),
+        "versions": _versions(),
+        "settings": settings.describe(),
+        "sweep": lm._settings(),
+    }
+    _write(whole, samples, record, settings, overwrite)
+    return whole
+
+
+def compute(lm: SweepLM, name: str, task: Any, folder: Path, settings: SweepSettings) -> Collected:
+    """The pass that computes: every batch of a task, or what the store has of it."""
+    collected = lm.begin(Store(folder, (lm.rank, lm.world_size)))
+    with _quiet():
+        evaluate(
+            lm,
+            {"tasks": {name: task}, "groups": {}, "group_map": {}},
+            limit=settings.limit,
+            log_samples=False,
+            bootstrap_iters=0,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template,
+        )
+    return collected
+
+
+def _replay(
+    lm: SweepLM, name: str, task: Any, collected: Collected, settings: SweepSettings
+) -> list[dict[str, Any]]:
+    """Every cell's metrics, as rows without model and task."""
+    replay = Replay(lm, collected.calls)
+    rows: list[dict[str, Any]] = []
+    known: dict[bytes, Any] = {}
+    cells = table.cells(lm.grid, task.OUTPUT_TYPE == "loglikelihood_rolling")
+    bar = tqdm(cells, desc=f"{name}: metrics", disable=lm.rank != 0)
+    with requests_kept(task), _quiet():
+        for columns, replay.cell in bar:
+            # Cells with the same answers have the same metrics; all processes must agree on that.
+            same = _answers(lm, collected, replay.cell)
+            if same not in known:
+                known[same] = metrics(replay, name, task, settings.limit)
+            account = Account()
+            account.merge(lm.gather_object(collected.accounts[replay.cell]) or [])
+            if known[same] is None:
+                continue
+            found, n, _ = known[same]
+            cost = table.cost(account, columns)
+            rows += [
+                {**columns, "metric": metric, "value": value, "stderr": error, "n": n, **cost}
+                for metric, (value, error) in found.items()
+            ]
+    return rows
+
+
+def _answers(lm: SweepLM, collected: Collected, cell: int) -> bytes:
+    """What tells a cell's answers from another's."""
+    if lm.world_size > 1:
+        return str(cell).encode()
+    parts = [(c.logprobs[cell].tobytes(), c.greedy[cell].tobytes()) for c in collected.calls]
+    return b"".join(part for pair in parts for part in pair)
+
+
+def _samples(lm: SweepLM, name: str, task: Any, collected: Collected) -> pd.DataFrame:
+    """Each cell's log-likelihood of each request; windows of a text are added up."""
+    import numpy as np
+    import pandas as pd
+
+    found = []
+    cells = table.cells(lm.grid, task.OUTPUT_TYPE == "loglikelihood_rolling")
+    for call in collected.calls:
+        at: dict[int, int] = {}
+        of = np.array([at.setdefault(id(i), len(at)) for i in call.instances], dtype=np.int64)
+        one = np.unique(of, return_index=True)[1]
+        rolling = call.instances[0].request_type == "loglikelihood_rolling"
+        keys = pd.DataFrame(
+            {
+                "task": name,
+                "doc_id": [call.instances[i].doc_id for i in one],
+                "request": [call.instances[i].idx for i in one],
+            }
+        )
+        for columns, cell in cells:
+            values = call.logprobs[cell]
+            each = np.bincount(of, values) if rolling else values[one]
+            own = {"loglikelihood": each, "is_greedy": call.greedy[cell][one]}
+            names = ("decoder", "lens_data", "layer", "threshold", "confidence", "exit_scope",
+                     "readout")  # fmt: skip
+            found.append(keys.assign(**{n: columns.get(n) for n in names}, **own))
+    return pd.concat(found, ignore_index=True)
+
+
+def _gathered(lm: SweepLM, samples: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The samples of all processes, each request once."""
+    parts = lm.gather_object(samples) or []
+    return [frame for part in parts for frame in part]
+
+
+def _about(task: Any, collected: Collected, lm: SweepLM, seconds: float) -> dict[str, Any]:
+    return {
+        "version": task.VERSION if task.VERSION is not None else task.get_config("metadata"),
+        "num_fewshot": task.get_config("num_fewshot"),
+        "higher_is_better": task.higher_is_better(),
+        "truncated_requests": lm.account.truncated_requests,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "lm_eval", "peft")
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+def _write(
+    whole: pd.DataFrame,
+    samples: list[pd.DataFrame],
+    record: dict[str, Any],
+    settings: SweepSettings,
+    overwrite: bool,
+) -> None:
+    """All files beside the output first; then the folder appears at once."""
+    import pandas as pd
+
+    output = settings.output.absolute()
+    ready = settings.work / "output"
+    shutil.rmtree(ready, ignore_errors=True)
+    ready.mkdir(parents=True)
+    table.write(whole, ready, TABLE)
+    if samples:
+        every = pd.concat(samples, ignore_index=True).drop_duplicates()
+        table.write(every, ready, "samples", csv=False)
+    write_json(ready / CONFIG, record)
+    if output.exists() and (overwrite or not any(output.iterdir())):
+        shutil.rmtree(output)
+    ready.rename(output)
+    shutil.rmtree(settings.work)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval reports each call of `evaluate`; a sweep makes hundreds."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
