@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from spade_eval.batching import Batch, collate, cut
 from spade_eval.compaction import WORTH, Rows, compact
 from spade_eval.decisions import decide
-from spade_eval.scoring import Layout, Request, plan
 from spade_eval.departures import rows_of
+from spade_eval.scoring import Layout, Request, plan
 
 if TYPE_CHECKING:
     from spade_eval.exits import Scope

@@ -77,7 +77,7 @@ def from_tasks(
         raise UserError(f"split={split!r} is not known; valid: {', '.join(SPLITS)}.")
     streams = []
     for name, task in load_tasks(names, include_path).items():
-        rows = _rows(name, task, split)
+        rows = rows_of(name, task, split)
         streams.append(_documents(name, rows, partial(_format, lm, task), seed))
     return _take(streams, most)
 
@@ -190,7 +190,7 @@ def load_tasks(names: Sequence[str], include_path: Any) -> dict[str, Any]:
     return tasks
 
 
-def _rows(name: str, task: Any, split: str) -> Sequence[Any]:
+def rows_of(name: str, task: Any, split: str) -> Sequence[Any]:
     """The rows of a split, after the task's own filter."""
     own = getattr(type(task), "construct_requests", None)
     if own is not ConfigurableTask.construct_requests or getattr(task, "MULTIMODAL", False):
