@@ -168,6 +168,13 @@ def _sweep(argv: list[str]) -> int:
     return sweep_main(argv, tasks_path())
 
 
+def _calibrate(argv: list[str]) -> int:
+    """Certify a threshold."""
+    from spade_eval.sweep.calibrate_command import main as calibrate_main
+
+    return calibrate_main(argv, tasks_path())
+
+
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
@@ -184,6 +191,9 @@ _COMMANDS = {
     "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
     "finetune": _Command("train a LoRA adapter on tasks, for peft= of all models", _finetune),
     "sweep": _Command("every decoder, layer and threshold from one pass over each task", _sweep),
+    "calibrate": _Command(
+        "find a threshold with a guarantee, for threshold=calibrated", _calibrate
+    ),
     "tasks-path": _Command(
         "print the folder of our task files, for lm_eval --include_path", _tasks_path
     ),

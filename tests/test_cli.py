@@ -83,6 +83,7 @@ def test_help_lists_the_commands(argv: list[str], capsys: pytest.CaptureFixture[
         "fit",
         "finetune",
         "sweep",
+        "calibrate",
         "tasks-path",
     ]
 
@@ -97,7 +98,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["task-path"], "unknown command 'task-path'. Did you mean 'tasks-path'? Commands: run,"),
         (["RUN"], "Did you mean 'run'?"),
-        (["zzz"], "unknown command 'zzz'. Commands: run, fit, finetune, sweep, tasks-path"),
+        (
+            ["zzz"],
+            "unknown command 'zzz'. Commands: run, fit, finetune, sweep, calibrate, tasks-path",
+        ),
         (["--model", "hf"], "to evaluate: spade-eval run --model ..."),
         (["tasks-path", "x"], "tasks-path takes no arguments, got x"),
     ],

@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
 from test_lm import build, instances, model, task_pairs, text
 
 from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
-from spade_eval.fit.documents import load_tasks
+from spade_eval.fit.documents import _manager, load_tasks
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
@@ -28,7 +28,7 @@ from spade_eval.sweep import table
 from spade_eval.sweep.command import layers, named
 from spade_eval.sweep.grid import IDENTITY, Ask, Reading, grid, thresholds
 from spade_eval.sweep.lm import SweepLM
-from spade_eval.sweep.run import sweep
+from spade_eval.sweep.run import require_scored, sweep
 from spade_eval.sweep.settings import SweepSettings
 from spade_eval.sweep.store import Store
 
@@ -191,7 +191,7 @@ def run(
 def test_metrics_and_their_errors_are_lm_evals(tmp_path: Path) -> None:
     found = run(tmp_path / "out")
     assert list(found.columns) == list(table.COLUMNS)
-    manager = TaskManager(include_path=str(tasks_path()))
+    manager = _manager((str(tasks_path()),))
     maps = {(made.config.decoder, name): made for name, made in MAPS}
     fixed = found[(found["decoder"] == "spade") & (found["layer"] == 2)]
     exits = found[
@@ -385,19 +385,17 @@ def test_what_the_model_cannot_give_is_told_before_it_is_loaded() -> None:
 
 
 def test_tasks_that_generate_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
     data = tmp_path / "data.jsonl"
     data.write_text('{"q": "a", "a": "b"}\n')
-    (folder / "writes.yaml").write_text(
-        f"task: writes\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
-        'test_split: test\noutput_type: generate_until\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\n'
-        "generation_kwargs:\n  until: ['.']\n"
-    )
-    from spade_eval.sweep.run import require_scored
-
+    task = ConfigurableTask(
+        config={
+            "task": "writes", "dataset_path": "json", "output_type": "generate_until",
+            "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
+            "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "generation_kwargs": {"until": ["."]},
+        }
+    )  # fmt: skip
     with pytest.raises(UserError, match="writes: a sweep scores"):
-        require_scored(load_tasks(["writes"], folder))
+        require_scored({"writes": task})
 
 
 # ---------------------------------------------------------------- arguments

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spade_eval.calibration import NAME, WORD, Calibration
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
 from spade_eval.errors import UserError
@@ -28,24 +29,32 @@ if TYPE_CHECKING:
     from spade_eval.lm.base import TokenRequest
 
 
+DEFAULTS: dict[str, Any] = {
+    "interval": 2, "min_layer": None, "confidence": "entropy", "exit_scope": "context",
+    "positions": "reset",
+}  # fmt: skip
+
+
 class SpadeExitLM(SpadeLM):
     """`--model spade_exit`: SPADE-EXIT (arXiv 2507.17618, Algorithm 1; "SimExit" in its v2).
 
     Args:
         pretrained: As in HFLM; the default model if absent.
         threshold: T. An answer exits at the first candidate layer where its confidence reaches it:
-            entropies from above, in nats, probabilities from below.
+            entropies from above, in nats, probabilities from below. "calibrated" takes it, and the
+            other settings, from a file of `spade-eval calibrate`.
         lens: Folder or hub id of a lens, "identity" for the logit lens; the default model has its
             own.
-        interval: Candidates are the layers that it divides and that have a map,
+        interval: Candidates are the layers that it divides and that have a map, 2 by default,
         min_layer: from this one on; half of the layers by default.
-        confidence: "entropy", "choice_entropy" (over the first tokens of the context's own
-            continuations), "top2_margin" or "max_prob".
+        confidence: "entropy" (default), "choice_entropy" (over the first tokens of the context's
+            own continuations), "top2_margin" or "max_prob".
         readout: "spade" answers with the two-token tail, "lens" with the map itself.
-        exit_scope: "context" decides once at the last context token for all continuations,
-            "token" at every scored position, "request" by their mean. Whole texts (rolling
-            requests) always decide by token.
+        exit_scope: "context" (default) decides once at the last context token for all its
+            continuations, "token" at every scored position, "request" by their mean. Whole texts
+            (rolling requests) always decide by token.
         positions: Of the tail's pairs, see `SpadeLayerLM`.
+        calibration: The file of threshold=calibrated; calibration.json by default.
         exit_log: File for one JSON line per scored position.
         force_lens: Whether a lens of another model, of the same size, is a warning only.
         **kwargs: HFLM's arguments.
@@ -57,33 +66,40 @@ class SpadeExitLM(SpadeLM):
     def __init__(
         self,
         pretrained: Any = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         lens: Any = None,
-        interval: int = 2,
+        interval: int | None = None,
         min_layer: int | None = None,
-        confidence: Name = "entropy",
+        confidence: Name | None = None,
         readout: Readout | None = None,
-        exit_scope: Scope = "context",
-        positions: Positions = "reset",
+        exit_scope: Scope | None = None,
+        positions: Positions | None = None,
+        calibration: str | Path | None = None,
         exit_log: str | Path | None = None,
         force_lens: bool = False,
         **kwargs: Any,
     ):
-        self.rule = ExitRule(
-            threshold=threshold,  # type: ignore[arg-type]  # None is the error that it reports
-            confidence=confidence,
-            interval=interval,
-            min_layer=min_layer,
-            scope=exit_scope,
-            readout=readout or self.default_readout,
-        )
-        spade = Spade(positions=positions)
-        self._positions = positions
+        given = {
+            "interval": interval, "min_layer": min_layer, "confidence": confidence,
+            "readout": readout, "exit_scope": exit_scope, "positions": positions,
+        }  # fmt: skip
+        self._calibration = _calibration(threshold, calibration)
+        if self._calibration is not None:
+            chosen = self._calibration.arguments(given)
+        else:
+            defaults = {**DEFAULTS, "readout": self.default_readout}
+            chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
+            chosen["threshold"] = threshold
+        self._positions = chosen.pop("positions")
+        spade = Spade(positions=self._positions)
+        self.rule = ExitRule(scope=chosen.pop("exit_scope"), **chosen)
         self._lens_name = lens
         self._loaded = lenses.load(lens, pretrained is None, self.name)
         self._log_path = None if exit_log is None else _writable(Path(exit_log))
         super().__init__(pretrained, **kwargs)
         self.lens = lenses.fit_to(self._loaded, self.backbone, lens, force_lens)
+        if self._calibration is not None:
+            self._calibration.require_model(lenses.recognise(self.model, self.lens))
         self.candidates = self.rule.candidates(self.backbone.n_layers, self.lens.available)
         self.decoder: Decoder = spade
         if self.rule.readout == "lens":
@@ -94,7 +110,7 @@ class SpadeExitLM(SpadeLM):
                 "threshold=%s can be met by no %s: nothing exits, no check is made.",
                 self.rule.threshold, self.rule.confidence,
             )  # fmt: skip
-        if positions == "keep" and self.backbone.positions_inert:
+        if self._positions == "keep" and self.backbone.positions_inert:
             log.warning("positions=keep has no effect on the tails of %s.", self.backbone.name)
         self._rule = self.rule
         self._choices: dict[int, list[int]] = {}
@@ -129,6 +145,8 @@ class SpadeExitLM(SpadeLM):
             self._rule = self.rule
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
+        if self._calibration is not None:
+            self._calibration.require_tasks(set(self._source.tasks))
         if self.rule.confidence != "choice_entropy":
             return
         self._choices = first_tokens(requests)
@@ -212,6 +230,19 @@ class LensExitLM(SpadeExitLM):
 
     name = "lens_exit"
     default_readout: Readout = "lens"
+
+
+def _calibration(threshold: object, path: str | Path | None) -> Calibration | None:
+    """The calibration that is asked for, if one is.
+
+    Raises:
+        UserError: It cannot be read, or is not asked for.
+    """
+    if threshold == WORD:
+        return Calibration.load(path or NAME)
+    if path is not None:
+        raise UserError(f"calibration={path} goes with threshold={WORD}; {threshold!r} was given.")
+    return None
 
 
 def first_tokens(requests: Sequence[TokenRequest]) -> dict[int, list[int]]:

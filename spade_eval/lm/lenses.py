@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spade_eval.cost import Prices
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import digest
+from spade_eval.fingerprint import adapter_fingerprint, digest
 from spade_eval.lens import LinearLens, check
+from spade_eval.lm.cache import config_digest, weights_digest
 
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
@@ -106,6 +107,16 @@ def describe(lens: LinearLens, name: object) -> dict[str, object]:
         "lens_tasks": list(config.tasks),
         "lens_positions": config.positions,
         "lens_weights": digest(lens.state_dict().items()),
+    }
+
+
+def recognise(model: Any, lens: LinearLens) -> dict[str, Any]:
+    """What a model with its adapters and its lens is recognised by."""
+    identity = lens.config.decoder == "identity"
+    return {
+        "model": f"{config_digest(model.config)}-{weights_digest(model)}",
+        "adapter": adapter_fingerprint(model),
+        "lens": "identity" if identity else digest(lens.state_dict().items()),
     }
 
 

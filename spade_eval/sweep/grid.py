@@ -57,7 +57,7 @@ class Ask:
 
     Attributes:
         decoders: Of `DECODERS`; None takes all that can be had.
-        layers: None takes all.
+        layers: Of the table; None takes all.
         thresholds: Of the exit rules; none leaves exits out.
         confidences: How the exit rules measure.
         scopes: Of the exit rules; whole texts always decide by token.
@@ -165,7 +165,7 @@ def grid(ask: Ask, n_layers: int, lenses: Mapping[str, tuple[str, LinearLens]]) 
                 f"`spade-eval fit --decoder {decoder}` makes, or leave it out."
             )
     layers = tuple(range(n_layers + 1)) if ask.layers is None else ask.layers
-    if not layers or not 0 <= min(layers) <= max(layers) <= n_layers:
+    if layers and not 0 <= min(layers) <= max(layers) <= n_layers:
         raise UserError(f"layers={list(layers)}: this model has layers 0..{n_layers}.")
     # A decoder is read where the table shows it, and where an exit may answer by it.
     wanted: dict[tuple[str, str], set[int]] = {}

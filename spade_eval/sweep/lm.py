@@ -68,6 +68,11 @@ class Collected:
     accounts: list[Account] = field(default_factory=list)
     seconds: float = 0.0
 
+    def answers(self, cell: int) -> bytes:
+        """What tells a cell's answers from another's."""
+        parts = [(c.logprobs[cell].tobytes(), c.greedy[cell].tobytes()) for c in self.calls]
+        return b"".join(part for pair in parts for part in pair)
+
 
 class SweepLM(SpadeLM):
     """Reads every layer through every decoder, in one pass of the model.

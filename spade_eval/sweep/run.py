@@ -136,7 +136,7 @@ def sweep(
 def compute(lm: SweepLM, name: str, task: Any, folder: Path, settings: SweepSettings) -> Collected:
     """The pass that computes: every batch of a task, or what the store has of it."""
     collected = lm.begin(Store(folder, (lm.rank, lm.world_size)))
-    with _quiet():
+    with quiet():
         evaluate(
             lm,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
@@ -158,10 +158,12 @@ def _replay(
     known: dict[bytes, Any] = {}
     cells = table.cells(lm.grid, task.OUTPUT_TYPE == "loglikelihood_rolling")
     bar = tqdm(cells, desc=f"{name}: metrics", disable=lm.rank != 0)
-    with requests_kept(task), _quiet():
+    with requests_kept(task), quiet():
         for columns, replay.cell in bar:
-            # Cells with the same answers have the same metrics; all processes must agree on that.
-            same = _answers(lm, collected, replay.cell)
+            # Cells with the same answers have the same metrics; of several processes each knows
+            # only its own.
+            alone = lm.world_size == 1
+            same = collected.answers(replay.cell) if alone else str(replay.cell).encode()
             if same not in known:
                 known[same] = metrics(replay, name, task, settings.limit)
             account = Account()
@@ -175,14 +177,6 @@ def _replay(
                 for metric, (value, error) in found.items()
             ]
     return rows
-
-
-def _answers(lm: SweepLM, collected: Collected, cell: int) -> bytes:
-    """What tells a cell's answers from another's."""
-    if lm.world_size > 1:
-        return str(cell).encode()
-    parts = [(c.logprobs[cell].tobytes(), c.greedy[cell].tobytes()) for c in collected.calls]
-    return b"".join(part for pair in parts for part in pair)
 
 
 def _samples(lm: SweepLM, name: str, task: Any, collected: Collected) -> pd.DataFrame:
@@ -261,7 +255,7 @@ def _write(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """lm-eval reports each call of `evaluate`; a sweep makes hundreds."""
     logger = logging.getLogger("lm_eval")
     before = logger.level

@@ -1,0 +1,225 @@
+"""Calibrate: all thresholds from one pass over a task's documents, one of them certified."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spade_eval.calibration import Calibration
+from spade_eval.cost import Account
+from spade_eval.errors import UserError
+from spade_eval.exits import CONFIDENCES
+from spade_eval.fit.documents import rows_of
+from spade_eval.lens import LinearLens
+from spade_eval.lm import lenses
+from spade_eval.sweep.certify import certify, least_drop, p_values
+from spade_eval.sweep.replay import Replay, metrics, requests_kept
+from spade_eval.sweep.run import compute, configure, quiet
+from spade_eval.sweep.settings import SweepSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from spade_eval.exits import Name
+    from spade_eval.sweep.lm import SweepLM
+
+log = logging.getLogger(__name__)
+
+METRIC = "acc"
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """What to calibrate.
+
+    Attributes:
+        output: The file.
+        tasks: lm-eval tasks with the metric acc.
+        split: Whose documents are used.
+        max_drop: Bound on the risk.
+        confidence: Probability that it holds.
+        rule: The exit rule's arguments but the threshold, as `spade_exit` takes them.
+        limit: Documents per task.
+        num_fewshot: As in a sweep.
+        apply_chat_template: As in a sweep.
+    """
+
+    output: Path
+    tasks: tuple[str, ...]
+    split: str
+    max_drop: float
+    confidence: float
+    rule: dict[str, Any]
+    limit: float | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+
+
+def grid_of_thresholds(confidence: Name) -> tuple[float, ...]:
+    """Thresholds to test, ascending, fixed before any document is seen.
+
+    Entropies in steps of 0.05 nats up to 12.6, which is above ln V for V up to 290,000; over
+    choices in steps of 0.02 up to ln 32; probabilities in steps of 0.01.
+    """
+    if not CONFIDENCES[confidence].low:
+        return tuple(i / 100 for i in range(101))
+    top, step = (3.48, 0.02) if confidence == "choice_entropy" else (12.6, 0.05)
+    return tuple(round(i * step, 2) for i in range(round(top / step) + 1))
+
+
+def calibrate(
+    lm: SweepLM, tasks: Mapping[str, Any], settings: CalibrateSettings, command: str = ""
+) -> tuple[Calibration | None, pd.DataFrame]:
+    """Find the threshold.
+
+    Args:
+        lm: The model, which reads one exit rule at many thresholds.
+        tasks: lm-eval's tasks by name.
+        settings: What was asked for.
+        command: For the file.
+
+    Returns:
+        The calibration, None if no threshold meets the bound; and the curve, most cautious first,
+        whose `attrs` have the number of documents.
+
+    Raises:
+        UserError: Documents that trained the lens, a task without the metric, too few documents.
+    """
+    import pandas as pd
+
+    if lm.world_size > 1:
+        raise UserError("calibrate runs in one process: start it without accelerate launch.")
+    _refuse_training_documents(lm, tasks, settings)
+    watched = lm.grid.exits[0].lens
+    if watched in lm.maps:
+        lens = lm.maps[watched][1]
+    else:
+        lens = LinearLens.identity(lm.backbone.n_layers, lm.backbone.width)
+    outcomes: list[NDArray[np.bool_]] = []
+    accounts = [Account() for _ in lm.grid.exits]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, task in tasks.items():
+            _use_split(name, task, settings.split)
+            outcomes.append(_outcomes(lm, name, task, settings, Path(folder), accounts))
+    right = np.concatenate(outcomes, axis=1)  # (1 + thresholds, documents)
+    n = right.shape[1]
+    smallest = least_drop(n, settings.confidence)
+    if smallest > settings.max_drop:
+        raise UserError(
+            f"{n} documents are too few: with a confidence of {settings.confidence} they can "
+            f"certify a drop of {smallest:.4f} at best, and --max-drop {settings.max_drop} was "
+            "asked for. Give more documents, a larger drop or a lower confidence."
+        )
+    harmed = (right[0] & ~right[1:]).sum(1).tolist()
+    reports = [account.total.report(account.start_token_layers) for account in accounts]
+    curve = pd.DataFrame(
+        {
+            "threshold": [exit_.rule.threshold for exit_ in lm.grid.exits],
+            "harmed": harmed,
+            "risk": [k / n for k in harmed],
+            "p_value": p_values(harmed, n, settings.max_drop),
+            "acc": right[1:].mean(1),
+            "net_drop": right[0].mean() - right[1:].mean(1),
+            "mean_exit_layer": [report["mean_exit_layer"] for report in reports],
+            "token_layer_ratio": [report["token_layer_ratio"] for report in reports],
+        }
+    )
+    curve.attrs["documents"] = n
+    if not CONFIDENCES[lm.grid.exits[0].rule.confidence].low:
+        # The most cautious first: probabilities from above.
+        curve = curve.iloc[::-1].reset_index(drop=True)
+    found = certify(curve["harmed"].tolist(), n, settings.max_drop, settings.confidence)
+    if found is None:
+        return None, curve
+    row = curve.iloc[found]
+    return Calibration(
+        threshold=float(row["threshold"]),
+        rule=settings.rule,
+        tasks=tuple(tasks),
+        split=settings.split,
+        documents=n,
+        max_drop=settings.max_drop,
+        confidence=settings.confidence,
+        harmed=int(row["harmed"]),
+        net_drop=round(float(row["net_drop"]), 6),
+        model=lenses.recognise(lm.model, lens),
+        curve=curve.round(6).to_dict("records"),
+        command=command,
+    ), curve
+
+
+def _refuse_training_documents(
+    lm: SweepLM, tasks: Mapping[str, Any], settings: CalibrateSettings
+) -> None:
+    for name, lens in lm.maps.values():
+        config = lens.config
+        shared = sorted(set(config.tasks) & {*tasks, *settings.tasks})
+        if shared and config.split == settings.split:
+            raise UserError(
+                f"the {config.split} documents of {', '.join(shared)} trained the lens {name}: a "
+                "guarantee needs documents that it has not seen. Give another --split."
+            )
+    if settings.split == "test":
+        log.warning("Calibrating on test documents: results on them are then no longer a test.")
+
+
+def _use_split(name: str, task: Any, split: str) -> None:
+    """Let lm-eval take a split's documents where it takes the test's."""
+    rows = rows_of(name, task, split)
+    task.has_test_docs = lambda: True
+    task.test_docs = lambda: rows
+
+
+def _outcomes(
+    lm: SweepLM,
+    name: str,
+    task: Any,
+    settings: CalibrateSettings,
+    folder: Path,
+    accounts: list[Account],
+) -> NDArray[np.bool_]:
+    """Which documents are answered right, by the full model and at every threshold.
+
+    Returns:
+        (1 + thresholds, documents).
+    """
+    asked = SweepSettings(
+        output=folder,
+        tasks=(name,),
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        apply_chat_template=settings.apply_chat_template,
+    )
+    configure(task, asked)
+    collected = compute(lm, name, task, folder / name, asked)
+    first = len(lm.grid.readings)
+    for account, part in zip(accounts, collected.accounts[first:], strict=True):
+        account.merge([part])
+    replay = Replay(lm, collected.calls)
+    rows: list[list[bool]] = []
+    known: dict[bytes, list[bool]] = {}
+    with requests_kept(task), quiet():
+        for replay.cell in (0, *range(first, first + len(lm.grid.exits))):
+            same = collected.answers(replay.cell)
+            if same in known:
+                rows.append(known[same])
+                continue
+            found = metrics(replay, name, task, settings.limit, samples=True, errors=False)
+            samples = found[2] if found else []
+            if any(METRIC not in sample for sample in samples):
+                raise UserError(
+                    f"task {name} has no metric {METRIC}: calibration counts documents that are "
+                    "answered right. Leave it out."
+                )
+            samples.sort(key=lambda sample: sample["doc_id"])
+            known[same] = [bool(sample[METRIC]) for sample in samples]
+            rows.append(known[same])
+    return np.array(rows)

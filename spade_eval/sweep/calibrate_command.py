@@ -1,0 +1,176 @@
+"""The command line of `spade-eval calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spade_eval.arguments import Parser
+from spade_eval.calibration import NAME, WORD
+from spade_eval.errors import UserError
+from spade_eval.exits import ExitRule
+from spade_eval.fit.memory import keep_freed_blocks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from spade_eval.calibration import Calibration
+    from spade_eval.sweep.calibrate import CalibrateSettings
+
+_EPILOG = """\
+example:
+  spade-eval calibrate --tasks spade_arc_easy --max-drop 0.03 \\
+      --model_args peft=adapters/arc,lens=lenses/arc,confidence=choice_entropy
+  lm_eval --model spade_exit --tasks spade_arc_easy \\
+      --model_args peft=adapters/arc,lens=lenses/arc,threshold=calibrated
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    p = Parser(
+        prog="spade-eval calibrate",
+        description="Find the threshold that saves most while the share of documents that the full "
+        "model answers right and the exit run wrong stays below --max-drop, with probability "
+        "--confidence (Learn then Test).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--tasks", required=True, help="lm-eval tasks with the metric acc, a,b,c")
+    p.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    p.add_argument(
+        "--max-drop", "--max_drop", type=float, required=True, help="bound on the risk: 0.03, say"
+    )
+    p.add_argument("--confidence", type=float, default=0.95, help="default: %(default)s")
+    p.add_argument(
+        "--model_args", default="", help="those of --model spade_exit, without the threshold"
+    )
+    p.add_argument("--output", type=Path, default=Path(NAME), help="default: %(default)s")
+    p.add_argument("--limit", type=float, help="documents per task, as in lm_eval")
+    p.add_argument("--num_fewshot", type=int, help="examples in the prompt, as in lm_eval")
+    p.add_argument("--apply_chat_template", action="store_true", help="as in lm_eval")
+    p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
+    p.add_argument("--device", help="as in lm_eval: cpu, cuda, cuda:0, mps")
+    p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
+    p.add_argument("--overwrite", action="store_true", help="replace the file that is there")
+    return p
+
+
+def main(argv: list[str], tasks_path: Path) -> int:
+    """Run `spade-eval calibrate`.
+
+    Args:
+        argv: The arguments behind "calibrate".
+        tasks_path: Folder of our own tasks.
+
+    Returns:
+        0; or 1 if no threshold meets the bound.
+    """
+    args = parser().parse_args(argv)
+    for name, value in (("--max-drop", args.max_drop), ("--confidence", args.confidence)):
+        if not 0 < value < 1:
+            raise UserError(f"{name} {value}: give a number between 0 and 1.")
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"{args.output} exists. Give another --output, or --overwrite.")
+    # Loading lm-eval takes seconds; bad arguments have been told by now.
+    from lm_eval.utils import setup_logging, simple_parse_args_string
+
+    from spade_eval.fit.documents import load_tasks
+    from spade_eval.lm.exit import DEFAULTS
+    from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds
+    from spade_eval.sweep.grid import Ask
+    from spade_eval.sweep.lm import SweepLM
+    from spade_eval.sweep.run import require_scored
+    from spade_eval.sweep.settings import write_json
+
+    model_args: dict[str, Any] = simple_parse_args_string(args.model_args)
+    if "threshold" in model_args:
+        raise UserError("--model_args threshold=...: it is what will be found. Leave it out.")
+    rule = {**DEFAULTS, "readout": "spade"}
+    rule |= {name: model_args.pop(name) for name in list(rule) if name in model_args}
+    # The rule's own checks, and numbers as it writes them.
+    checked = ExitRule(
+        0.0, rule["confidence"], rule["interval"], rule["min_layer"], rule["exit_scope"],
+        rule["readout"],
+    )  # fmt: skip
+    rule |= {"interval": checked.interval, "min_layer": checked.min_layer}
+    lens = model_args.pop("lens", None)
+    identity = lens == "identity"
+    if identity and rule["readout"] == "spade":
+        raise UserError("lens=identity goes with readout=lens: the logit lens's own exits.")
+    setup_logging()
+    keep_freed_blocks()
+    include = [tasks_path, args.include_path] if args.include_path else tasks_path
+    tasks = load_tasks(tuple(args.tasks.split(",")), include)
+    require_scored(tasks)
+    if args.device is not None:
+        model_args["device"] = args.device
+    from spade_eval.lens import LinearLens
+
+    maps = [] if lens is None or identity else [("lens", LinearLens.from_pretrained(lens))]
+    kind = "logit_lens" if identity else maps[0][1].config.decoder if maps else "l_spade"
+    ask = Ask(
+        decoders=(kind, "spade") if rule["readout"] == "spade" else (kind,),
+        layers=(),
+        thresholds=grid_of_thresholds(rule["confidence"]),
+        confidences=(rule["confidence"],),
+        scopes=(rule["exit_scope"],),
+        readouts=(rule["readout"],),
+        interval=rule["interval"],
+        min_layer=rule["min_layer"],
+    )
+    lm = SweepLM(
+        ask=ask, maps=maps, positions=rule["positions"],
+        **{"batch_size": args.batch_size, **model_args},
+    )  # fmt: skip
+    settings = CalibrateSettings(
+        output=args.output,
+        tasks=tuple(args.tasks.split(",")),
+        split=args.split,
+        max_drop=args.max_drop,
+        confidence=args.confidence,
+        rule=rule,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        apply_chat_template=args.apply_chat_template,
+    )
+    command = shlex.join(["spade-eval", "calibrate", *argv])
+    found, curve = calibrate(lm, tasks, settings, command)
+    print(report(found, curve, settings))
+    if found is None:
+        return 1
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, found.to_json())
+    print(f"\nWritten to {args.output}; use it with threshold={WORD}.")
+    return 0
+
+
+def report(found: Calibration | None, curve: pd.DataFrame, settings: CalibrateSettings) -> str:
+    """The curve around the threshold, and what it means."""
+    from spade_eval.sweep.certify import least_drop
+
+    n = curve.attrs["documents"]
+    changed = curve.drop_duplicates(["harmed", "acc", "mean_exit_layer"])
+    step = max(1, -(-len(changed) // 20))
+    shown = changed.iloc[::step].to_string(index=False, float_format=lambda x: f"{x:.4f}")
+    shown += (
+        f"\n\n{n} documents; the smallest drop that so many can certify with a confidence of "
+        f"{settings.confidence} is {least_drop(n, settings.confidence):.4f}."
+    )
+    if found is None:
+        return (
+            f"{shown}\nNo threshold meets the bound: already the most cautious one harms too many "
+            f"documents to certify a drop of {settings.max_drop}. Allow a larger drop, or give "
+            "more documents."
+        )
+    row = curve[curve["threshold"] == found.threshold].iloc[0]
+    return (
+        f"{shown}\nthreshold={found.threshold}: of {found.documents} documents, {found.harmed} are "
+        f"answered right by the full model and wrong after an exit. With probability "
+        f"{found.confidence}, at most a share of {found.max_drop} of such documents is. Net drop "
+        f"in accuracy {found.net_drop:.4f} (no guarantee), mean exit layer "
+        f"{row['mean_exit_layer']}, {row['token_layer_ratio']:.1%} of full depth computed."
+    )
