@@ -19,12 +19,12 @@ from spade_eval.calibration import Calibration
 from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError
 from spade_eval.fit.documents import load_tasks
+from spade_eval.fit.work import write_json
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds
 from spade_eval.sweep.certify import certify, least_drop, p_values
 from spade_eval.sweep.grid import Ask
 from spade_eval.sweep.lm import SweepLM
-from spade_eval.sweep.settings import write_json
 
 if TYPE_CHECKING:
     from pathlib import Path

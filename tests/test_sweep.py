@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -316,7 +315,7 @@ def test_batches_that_are_there_are_not_computed_again(
 
 def test_a_finished_sweep_is_not_replaced(tmp_path: Path) -> None:
     run(tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds a finished sweep\. Give another --output"):
+    with pytest.raises(UserError, match=r"holds a sweep\. Give another --output"):
         run(tmp_path / "out")
     with pytest.raises(UserError, match=r"of another configuration \(limit was 3, is 2\)"):
         run(tmp_path / "out", limit=2)
@@ -325,27 +324,26 @@ def test_a_finished_sweep_is_not_replaced(tmp_path: Path) -> None:
         run(tmp_path / "new", resume=True)
 
 
-def test_a_sweep_is_not_resumed_with_another_model_or_other_arguments(tmp_path: Path) -> None:
+def test_a_sweep_is_not_resumed_with_another_model_or_other_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spade_eval.sweep.run._write", lambda *_: None)
     run(tmp_path / "out")
-    work = tmp_path / ".new.sweep"
-    work.mkdir()
-    shutil.copy(tmp_path / "out/sweep.json", work / "sweep.json")
-    content = json.loads((work / "sweep.json").read_text())
-    content["fingerprint"] = {"weights": "others"}
-    (work / "sweep.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="holds a sweep that has not ended: --resume"):
-        run(tmp_path / "new")
-    with pytest.raises(UserError, match="num_fewshot was None, is 2"):
-        run(tmp_path / "new", resume=True, num_fewshot=2)
-    with pytest.raises(UserError, match=r"of another model or version \(.*weights was 'others'"):
-        run(tmp_path / "new", resume=True)
+    with pytest.raises(UserError, match="holds a run that has not ended: --resume"):
+        run(tmp_path / "out")
+    for resume in (True, False):
+        with pytest.raises(UserError, match="num_fewshot was None, is 2"):
+            run(tmp_path / "out", resume=resume, num_fewshot=2)
+    other = build(SweepLM, "mistral_sliding", ask=settings(tmp_path).ask, max_length=255)
+    with pytest.raises(UserError, match="weights was"):
+        run(tmp_path / "out", resume=True, lm=other)
 
 
 def test_other_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="files of something else"):
+        with pytest.raises(UserError, match="no sweep's folder"):
             run(tmp_path / "out", overwrite=overwrite)
 
 

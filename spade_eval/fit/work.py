@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+SETTINGS = "settings.json"
+
 
 def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
     """Refuse to overwrite an output, or what a run that was stopped has left of it.
@@ -52,7 +54,7 @@ def claim(
     Raises:
         UserError: The folder is of another configuration, or cannot be written.
     """
-    path = work / "settings.json"
+    path = work / SETTINGS
     if main:
         try:
             if anew and work.exists():

@@ -79,12 +79,12 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from lm_eval.utils import setup_logging, simple_parse_args_string
 
     from spade_eval.fit.documents import load_tasks
+    from spade_eval.fit.work import write_json
     from spade_eval.lm.exit import DEFAULTS
     from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds
     from spade_eval.sweep.grid import Ask
     from spade_eval.sweep.lm import SweepLM
     from spade_eval.sweep.run import require_scored
-    from spade_eval.sweep.settings import write_json
 
     model_args: dict[str, Any] = simple_parse_args_string(args.model_args)
     if "threshold" in model_args:

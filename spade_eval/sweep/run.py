@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import re
@@ -18,11 +19,12 @@ from spade_eval import __version__
 from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint
+from spade_eval.fit import work
 from spade_eval.fit.memory import peak_memory_mb
 from spade_eval.lm.cache import fingerprint
 from spade_eval.sweep import table
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
-from spade_eval.sweep.settings import CONFIG, TABLE, check_output, claim, write_json
+from spade_eval.sweep.settings import CONFIG, TABLE, check_output
 from spade_eval.sweep.store import Store
 
 if TYPE_CHECKING:
@@ -90,9 +92,14 @@ def sweep(
     """
     check_output(settings, resume, overwrite)
     lm.barrier()  # or a slow process would find the first one's work folder
-    if lm.rank == 0:
-        claim(settings, fingerprint(lm, lm._settings()), overwrite)
-    lm.barrier()
+    about_model = json.loads(json.dumps(fingerprint(lm, lm._settings()), default=str))
+    work.claim(
+        settings.work,
+        {**settings.describe(), "model": about_model},
+        anew=overwrite and not resume,
+        main=lm.rank == 0,
+        wait=lm.barrier,
+    )
     rows: list[dict[str, Any]] = []
     samples: list[pd.DataFrame] = []
     about: dict[str, Any] = {}
@@ -247,9 +254,10 @@ def _write(
     if samples:
         every = pd.concat(samples, ignore_index=True).drop_duplicates()
         table.write(every, ready, "samples", csv=False)
-    write_json(ready / CONFIG, record)
-    if output.exists() and (overwrite or not any(output.iterdir())):
+    work.write_json(ready / CONFIG, record)
+    if overwrite and output.exists():
         shutil.rmtree(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     ready.rename(output)
     shutil.rmtree(settings.work)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spade_eval.errors import UserError
+from spade_eval.fit import work
 from spade_eval.lm.cache import differences
 from spade_eval.sweep.grid import Ask
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CONFIG, TABLE = "sweep.json", "sweep"
 
@@ -55,8 +55,9 @@ class SweepSettings:
 
     def describe(self) -> dict[str, Any]:
         """All that cells depend on, as JSON holds it."""
-        found = {**asdict(self), "output": None}
-        return json.loads(json.dumps(found, default=str))
+        entries = {**asdict(self), **asdict(self.ask)}
+        del entries["ask"], entries["output"]
+        return json.loads(json.dumps(entries))
 
 
 def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None:
@@ -65,77 +66,30 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
     Raises:
         UserError: Says what is there, what differs, and what to do.
     """
-    output, work = settings.output, settings.work
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file: give another --output.")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        if not (output / CONFIG).is_file():
-            raise UserError(f"{output} holds files of something else: give another --output.")
-        raise UserError(f"{output} holds a finished sweep{_apart(output, settings)}. Give another "
-                        "--output, or --overwrite to replace it.")  # fmt: skip
-    if overwrite and output.exists() and any(output.iterdir()) and not (output / CONFIG).is_file():
-        raise UserError(f"{output} holds files of something else: give another --output.")
-    if work.exists() and not (resume or overwrite):
+    output, work_folder = settings.output, settings.work
+    if output.is_file() or (output.exists() and not (output / CONFIG).is_file()):
+        raise UserError(f"{output} is no sweep's folder: give another --output.")
+    if output.exists() and not overwrite:
         raise UserError(
-            f"{work} holds a sweep that has not ended{_apart(work, settings)}: --resume goes on "
-            "with it, --overwrite begins anew."
+            f"{output} holds a sweep{_apart(output / CONFIG, settings)}. Give another --output, or "
+            "--overwrite to replace it."
         )
-    if resume and not work.exists():
-        raise UserError(f"There is nothing to resume: {work} does not exist. Leave --resume out.")
-    if resume and (apart := _apart(work, settings)):
+    apart = _apart(work_folder / work.SETTINGS, settings) if work_folder.exists() else ""
+    if apart and not overwrite:
         raise UserError(
-            f"{work} holds another sweep{apart}. Give the same arguments, another --output, or "
-            "--overwrite instead of --resume."
+            f"{work_folder} holds a sweep that has not ended,{apart}. Give the same arguments and "
+            "--resume, another --output, or --overwrite."
         )
+    work.require_free(output, work_folder, resume, overwrite)
 
 
-def claim(settings: SweepSettings, fingerprint: dict[str, Any], overwrite: bool) -> None:
-    """Begin the work folder, or make sure that it is of the same model.
-
-    Raises:
-        UserError: It is of another model.
-    """
-    work = settings.work
-    if overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-    now = json.loads(json.dumps(fingerprint, default=str))
-    was = _read(work / CONFIG)
-    if was and was.get("fingerprint") != now:
-        raise UserError(
-            f"{work} holds a sweep of another model or version "
-            f"({differences(was.get('fingerprint') or {}, now)}). Give another --output, or "
-            "--overwrite instead of --resume."
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / CONFIG, {"settings": settings.describe(), "fingerprint": now})
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name and rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-    Path(temporary).chmod(0o644)
-    Path(temporary).rename(path)
-
-
-def _apart(folder: Path, settings: SweepSettings) -> str:
-    """How the settings of a folder differ from these, for a message."""
-    was = (_read(folder / CONFIG) or {}).get("settings")
-    if was is None:
-        return ""
-    apart = differences(_flat(was), _flat(settings.describe()))
-    return f" of another configuration ({apart})" if apart else ""
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    ask = settings.get("ask") or {}
-    return {**{k: v for k, v in settings.items() if k != "ask"}, **ask}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def _apart(path: Path, settings: SweepSettings) -> str:
+    """How the settings of a file differ from these, for a message."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        was = found.get("settings", found)
+    except (OSError, ValueError, AttributeError):
+        return ""
+    now = settings.describe()
+    apart = differences({name: was.get(name) for name in now}, now)
+    return f" of another configuration ({apart})" if apart else ""
