@@ -154,6 +154,20 @@ def _fit(argv: list[str]) -> int:
     return fit_main(argv, tasks_path())
 
 
+def _compare(argv: list[str]) -> int:
+    """Compare two runs."""
+    from spade_eval.report.command import compare_main
+
+    return compare_main(argv)
+
+
+def _check(argv: list[str]) -> int:
+    """Compare a run with its baseline."""
+    from spade_eval.report.command import check_main
+
+    return check_main(argv)
+
+
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
@@ -168,6 +182,8 @@ def _tasks_path(argv: list[str]) -> int:
 _COMMANDS = {
     "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
     "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
+    "compare": _Command("compare two runs, with paired tests where samples were logged", _compare),
+    "check": _Command("exit with status 1 if a run is worse than its baseline", _check),
     "tasks-path": _Command(
         "print the folder of our task files, for lm_eval --include_path", _tasks_path
     ),
