@@ -78,7 +78,13 @@ def test_help_lists_the_commands(argv: list[str], capsys: pytest.CaptureFixture[
     assert main(argv) == 0
     out = capsys.readouterr().out
     commands = out.split("commands:\n")[1].split("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in commands] == ["run", "fit", "tasks-path"]
+    assert [line.split()[0] for line in commands] == [
+        "run",
+        "fit",
+        "compare",
+        "check",
+        "tasks-path",
+    ]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +97,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["task-path"], "unknown command 'task-path'. Did you mean 'tasks-path'? Commands: run,"),
         (["RUN"], "Did you mean 'run'?"),
-        (["zzz"], "unknown command 'zzz'. Commands: run, fit, tasks-path"),
+        (["zzz"], "unknown command 'zzz'. Commands: run, fit, compare, check, tasks-path"),
         (["--model", "hf"], "to evaluate: spade-eval run --model ..."),
         (["tasks-path", "x"], "tasks-path takes no arguments, got x"),
     ],

@@ -17,11 +17,10 @@ _TEXT = {"task", "metric", "test", "verdict"}
 def comparison_text(found: Comparison) -> str:
     """Everything that `compare` prints."""
     rows = [
-        _cells(row, "a", "b") | {"test": _test(row), "p": _p(row.difference.p)}
+        _cells(row, "a", "b")
+        | {"test": _test(row), "p": _p(row.difference.p), "p (Holm)": _p(row.p)}
         for row in found.rows
     ]
-    for cells, row in zip(rows, found.rows, strict=True):
-        cells["p (Holm)"] = _p(row.p)
     return "\n\n".join([_runs(found, "a", "b"), _table(rows), *_remarks(found)])
 
 
@@ -37,7 +36,7 @@ def check_text(found: Comparison, tolerance: float, alpha: float) -> str:
     rows = []
     for row in found.rows:
         verdict = row.verdict(tolerance, alpha)
-        shown = "group" if row.group else words.get(verdict, verdict)
+        shown = words.get(verdict, "group" if row.group else verdict)
         cells = _cells(row, "baseline", "run")
         rows.append(cells | {"test": _test(row), "p (Holm)": _p(row.p), "verdict": shown})
     worse = found.regressions(tolerance, alpha)
