@@ -154,6 +154,13 @@ def _fit(argv: list[str]) -> int:
     return fit_main(argv, tasks_path())
 
 
+def _report(argv: list[str]) -> int:
+    """Make tables and figures."""
+    from spade_eval.report.command import report_main
+
+    return report_main(argv)
+
+
 def _compare(argv: list[str]) -> int:
     """Compare two runs."""
     from spade_eval.report.command import compare_main
@@ -182,6 +189,7 @@ def _tasks_path(argv: list[str]) -> int:
 _COMMANDS = {
     "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
     "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
+    "report": _Command("tables, figures and a page of sweeps and results", _report),
     "compare": _Command("compare two runs, with paired tests where samples were logged", _compare),
     "check": _Command("exit with status 1 if a run is worse than its baseline", _check),
     "tasks-path": _Command(

@@ -81,6 +81,7 @@ def test_help_lists_the_commands(argv: list[str], capsys: pytest.CaptureFixture[
     assert [line.split()[0] for line in commands] == [
         "run",
         "fit",
+        "report",
         "compare",
         "check",
         "tasks-path",
@@ -97,7 +98,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["task-path"], "unknown command 'task-path'. Did you mean 'tasks-path'? Commands: run,"),
         (["RUN"], "Did you mean 'run'?"),
-        (["zzz"], "unknown command 'zzz'. Commands: run, fit, compare, check, tasks-path"),
+        (["zzz"], "unknown command 'zzz'. Commands: run, fit, report, compare, check, tasks-path"),
         (["--model", "hf"], "to evaluate: spade-eval run --model ..."),
         (["tasks-path", "x"], "tasks-path takes no arguments, got x"),
     ],

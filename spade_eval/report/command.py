@@ -1,4 +1,4 @@
-"""The command lines of `spade-eval compare` and `spade-eval check`."""
+"""The command lines of `spade-eval report`, `spade-eval compare` and `spade-eval check`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from spade_eval.errors import UserError, require_known
 
 if TYPE_CHECKING:
     from spade_eval.report.runs import Run
+
+_REPORT = """\
+Make tables (CSV, Markdown, LaTeX), figures (PNG, PDF, and their numbers as CSV) and one page,
+report.html, that needs no network. Several folders go into one report."""
 
 _COMPARE = """\
 Compare two runs metric by metric. A run is a results file of lm-eval, the folder that it was
@@ -35,6 +39,34 @@ examples:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. `{self.prog} --help` lists the arguments.")
+
+
+def report_main(argv: list[str]) -> int:
+    """Run `spade-eval report`.
+
+    Args:
+        argv: The arguments behind "report".
+    """
+    p = _parser("spade-eval report", _REPORT)
+    p.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="INPUT",
+        help="folder of `spade-eval sweep`, or results of lm-eval (file or folder)",
+    )
+    p.add_argument("--output", required=True, type=Path, help="folder of the report")
+    args = p.parse_args(argv)
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output} is a file; a report is a folder.")
+
+    from spade_eval.report.build import make_report
+
+    made = make_report(args.inputs, args.output.expanduser())
+    for remark in made.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    print(f"Report: {args.output / 'report.html'} ({made.tables} tables, {made.figures} figures)")
+    return 0
 
 
 def compare_main(argv: list[str]) -> int:

@@ -53,13 +53,21 @@ def find_results(path: Path) -> tuple[Path, int]:
         return path, 1
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder. Give a results file of lm-eval.")
-    dated = {file: found[1] for file in path.rglob("*.json") if (found := _DATED.search(file.name))}
+    dated = dated_results(path)
     if not dated:
         raise UserError(
             f"The folder {path} holds no results of lm-eval (results_DATE.json). They are written "
             "by `spade-eval run ... --output_path FOLDER`."
         )
-    return max(dated, key=lambda file: (dated[file], str(file))), len(dated)
+    return dated[-1], len(dated)
+
+
+def dated_results(folder: Path) -> list[Path]:
+    """The results files of lm-eval in a folder and below it, by date."""
+    found = [
+        (date[1], file) for file in folder.rglob("*.json") if (date := _DATED.search(file.name))
+    ]
+    return [file for _, file in sorted(found)]
 
 
 def load_json(path: Path) -> dict[str, Any]:
