@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import random
@@ -22,7 +21,7 @@ from spade_eval.report.check import Comparison, compare, refuse
 from spade_eval.report.runs import Run, Score, TaskScores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 DATE = "2026-03-01T10-00-00.000000"
@@ -535,7 +534,7 @@ def test_samples_of_another_run_are_left_alone(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- properties
 
 
-@pytest.mark.usefixtures("_little_garbage")
+@pytest.mark.usefixtures("little_garbage")
 @given(
     lost=st.integers(0, 40),
     tolerances=st.tuples(st.floats(0, 0.3), st.floats(0, 0.3)),
@@ -550,14 +549,6 @@ def test_more_tolerance_and_less_alpha_never_add_a_regression(
     strict = found.regressions(min(tolerances), max(alphas))
     assert set(found.regressions(max(tolerances), max(alphas))) <= set(strict)
     assert set(found.regressions(min(tolerances), min(alphas))) <= set(strict)
-
-
-@pytest.fixture
-def _little_garbage() -> Iterator[None]:
-    """statsmodels collects garbage at every correction, which takes longer than the check."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def simulated(rng: np.random.Generator, loss: float = 0.0) -> Comparison:
@@ -578,7 +569,7 @@ def false_alarms(times: int) -> float:
     return float(np.mean([bool(simulated(rng).regressions(0.0, 0.05)) for _ in range(times)]))
 
 
-@pytest.mark.usefixtures("_little_garbage")
+@pytest.mark.usefixtures("little_garbage")
 def test_false_alarms_are_rare_and_real_losses_are_seen() -> None:
     assert false_alarms(60) <= 0.05
     rng = np.random.default_rng(8)
@@ -586,6 +577,6 @@ def test_false_alarms_are_rare_and_real_losses_are_seen() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_little_garbage")
+@pytest.mark.usefixtures("little_garbage")
 def test_false_alarms_of_a_thousand_checks() -> None:
     assert false_alarms(1000) <= 0.05

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -234,22 +236,30 @@ def test_a_report_is_the_same_each_time(made: Path, tmp_path: Path) -> None:
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>&_%$x^2|"
-    cells = plausible(model=bad, tasks=(bad, "boolq"))
-    sweep_folder(tmp_path / "s", cells, command=bad)
+    cells = [
+        cell("full", bad, 0.7, model=bad, layer=12),
+        cell(bad, bad, 0.6, model=bad, layer=6, lens_data=bad, adapter=bad, token_layer_ratio=1.5),
+        cell(
+            "spade_exit", bad, 0.6, model=bad, threshold=1.0, confidence=bad, token_layer_ratio=1.2
+        ),
+    ]
+    sweep_folder(tmp_path / "s", pd.DataFrame(cells, columns=COLUMNS), command=bad)
     assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert" in text
     names = [path.name for path in (tmp_path / "out" / "tables").iterdir()]
+    assert names
     assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
 
 
 def test_several_models_and_nested_folders(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        sweep_folder(tmp_path / "all" / name, plausible(model=name, tasks=("arc",)))
+        cells = [cell("spade", "arc", 0.5, model=name, layer=layer) for layer in (3, 6)]
+        sweep_folder(tmp_path / "all" / name, pd.DataFrame(cells, columns=COLUMNS))
     made = build.make_report([tmp_path / "all"], tmp_path / "out")
-    assert made.remarks == []
-    assert {path.name for path in (tmp_path / "out" / "figures").glob("layers-*-accuracy.png")} == {
+    assert (made.figures, made.remarks) == (2, [])
+    assert {path.name for path in (tmp_path / "out" / "figures").glob("*.png")} == {
         "layers-a-accuracy.png",
         "layers-b-accuracy.png",
     }
@@ -364,17 +374,16 @@ def curve(points: list[tuple[float, float]], full: float = 0.7, metric: str = "a
 
 
 def test_equal_compute_interpolates_in_cost() -> None:
-    found = curve([(2.0, 0.4), (1.25, 0.6)])
-    assert found.at_ratio(1.0) == pytest.approx(0.7)
-    assert found.at_ratio(2.0) == pytest.approx(0.4)
     # Costs 1, 0.8 and 0.5: at a cost of 0.65 half of the documents at each of the last two.
-    assert found.at_ratio(1 / 0.65) == pytest.approx(0.5)
-    assert found.at_ratio(1 / 0.9) == pytest.approx(0.65)
-    assert math.isnan(found.at_ratio(2.5))
+    ratios = (1.0, 1 / 0.9, 1 / 0.65, 2.0)
+    found = curve([(2.0, 0.4), (1.25, 0.6)])
+    assert found.at_ratios(ratios) == pytest.approx([0.7, 0.65, 0.5, 0.4])
+    assert math.isnan(found.at_ratios([2.5])[0])
     # Of two settings at one cost the better one counts, upwards or downwards.
-    assert curve([(2.0, 0.4), (2.0, 0.5)]).at_ratio(2.0) == 0.5
-    assert curve([(2.0, 40.0), (2.0, 30.0)], 20.0, "word_perplexity").at_ratio(2.0) == 30.0
-    assert math.isnan(curve([(math.nan, 0.4)], math.nan).at_ratio(1.0))
+    assert curve([(2.0, 0.4), (2.0, 0.5)]).at_ratios([2.0]) == [0.5]
+    downwards = curve([(2.0, 40.0), (2.0, 30.0)], 20.0, "word_perplexity")
+    assert downwards.at_ratios([2.0]) == [30.0]
+    assert math.isnan(curve([(math.nan, 0.4)], math.nan).at_ratios([1.0])[0])
 
 
 def test_speed_at_no_loss_and_at_one_point(tmp_path: Path) -> None:
@@ -612,6 +621,19 @@ def test_damaged_states(content: Any, message: str, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("package", "argv"),
+    [("matplotlib", ["report", ".", "--output", "out"]), ("statsmodels", ["compare", "a", "b"])],
+)
+def test_a_missing_package_is_named(package: str, argv: list[str]) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; from spade_eval.cli import main; "
+    command = [sys.executable, "-c", f"{code}sys.exit(main({argv}))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: The package {package} is not installed")
+    assert 'pip install "spade-eval[report]"' in done.stderr
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -131,6 +131,7 @@ def test_order_and_sides_do_not_matter(answers: list[tuple[bool, bool]], random:
     assert shuffled.b - shuffled.a == pytest.approx(found.b - found.a)
 
 
+@pytest.mark.usefixtures("little_garbage")
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 @settings(max_examples=25)
 def test_holm_only_raises_and_keeps_the_order(p: list[float]) -> None:

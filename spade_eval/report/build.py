@@ -12,7 +12,7 @@ from spade_eval.report.files import dated_results, replacing
 from spade_eval.report.formats import write_table
 from spade_eval.report.page import source_rows, write_page
 from spade_eval.report.spaces import space_figures
-from spade_eval.report.styles import save
+from spade_eval.report.styles import save, styled
 from spade_eval.report.sweeps import by_model, is_sweep, read_sweep
 from spade_eval.report.tables import leaderboard, sweep_tables
 
@@ -56,8 +56,9 @@ def make_report(inputs: Sequence[Path], output: Path) -> Made:
         write_table(table, output / "tables")
     plots: list[tuple[Plot, Path]] = []
     for sweep in sweeps:
-        for plot in _figures(sweep):
-            plots.append((plot, _write_plot(plot, output / "figures")))
+        with styled():
+            for plot in _figures(sweep):
+                plots.append((plot, _write_plot(plot, output / "figures")))
     write_page(output / "report.html", source_rows(sweeps), remarks, plots, tables)
     return Made(len(tables), len(plots), remarks)
 
@@ -99,6 +100,7 @@ def _write_plot(plot: Plot, folder: Path) -> Path:
     for ending in ("png", "pdf"):
         with replacing(folder / f"{plot.name}.{ending}") as new:
             save(plot.figure, new)
+        plot.figure.set_layout_engine("none")  # laid out by now, which takes as long as drawing
     with replacing(folder / f"{plot.name}.csv") as new:
         plot.frame.to_csv(new, index=False)
     return folder / f"{plot.name}.png"

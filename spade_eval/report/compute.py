@@ -17,7 +17,7 @@ import numpy as np
 from spade_eval.report.sweeps import FULL, decoder_order, lower_is_better, series_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import pandas as pd
 
@@ -54,17 +54,17 @@ class Curve:
         loss = self.full - self.points["value"].to_numpy()
         return -loss if lower_is_better(self.metric) else loss
 
-    def at_ratio(self, ratio: float) -> float:
-        """Value at 1 / `ratio` of the full model's compute; NaN out of the curve's reach."""
+    def at_ratios(self, ratios: Sequence[float]) -> list[float]:
+        """Values at 1 / ratio of the full model's compute; NaN out of the curve's reach."""
         points = {1.0: self.full} if math.isfinite(self.full) else {}
         best = min if lower_is_better(self.metric) else max
         known = self.points[self.points["token_layer_ratio"].gt(0) & self.points["value"].notna()]
         for cost, value in zip(1 / known["token_layer_ratio"], known["value"], strict=True):
             points[cost] = best(value, points.get(cost, value))
         if not points:
-            return math.nan
+            return [math.nan] * len(ratios)
         x, y = zip(*sorted(points.items()), strict=True)
-        return float(np.interp(1 / ratio, x, y, left=math.nan, right=math.nan))
+        return np.interp(1 / np.array(ratios), x, y, left=math.nan, right=math.nan).tolist()
 
     def fastest(self, loss: float) -> pd.Series | None:
         """The cheapest point that loses at most `loss`; None if none does."""

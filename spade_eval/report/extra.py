@@ -21,7 +21,8 @@ def needs_report_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as err:
+        package = (err.name or "").partition(".")[0]
         raise UserError(
-            f"The package {err.name} is not installed, and reports and comparisons need it: "
+            f"The package {package} is not installed, and reports and comparisons need it: "
             'pip install "spade-eval[report]"'
         ) from err

@@ -24,16 +24,19 @@ from spade_eval.report.tables import generalisation, series
 
 with needs_report_extra():
     import matplotlib as mpl
-    from matplotlib.colors import BoundaryNorm
+    from matplotlib.colors import BoundaryNorm, Normalize
+    from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.axes import Axes
 
+    from spade_eval.report.compute import Curve
     from spade_eval.report.sweeps import Sweep
 
 _TICKS = 8  # thresholds named beside a colour bar
+_SPAN = 0.1  # of a heat map's colours, at least
 
 
 def sweep_figures(sweep: Sweep) -> Iterator[Plot]:
@@ -57,13 +60,18 @@ def layer_figure(sweep: Sweep, lower: bool) -> Iterator[Plot]:
     tasks = list(rows.groupby(["task", "adapter"]))
     by_task = [(key, dict(series(part))) for key, part in tasks]
     full = decoder_name(FULL)
-    names = list(dict.fromkeys(name for _, found in by_task for name in found if name != full))
-    styles = curve_styles(names)
+    groups = {
+        name: points["decoder"].iloc[0]
+        for _, found in by_task
+        for name, points in found.items()
+        if name != full
+    }
+    styles = curve_styles(groups)
     figure, axes = panels(len(tasks))
     handles: dict[str, Any] = {}
     for ax, (key, found) in zip(axes, by_task, strict=True):
         metric = next(iter(found.values()))["metric"].iloc[0]
-        for name in names:
+        for name in groups:
             if name in found:
                 points = found[name].sort_values("layer")
                 (handles[name],) = ax.plot(
@@ -120,9 +128,7 @@ def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
     found: dict[tuple[str, str], list[Any]] = {}
     for adapter, task, _, curve in curves(rows):
         found.setdefault((task, adapter), []).append(curve)
-    label = {
-        id(c): ", ".join([c.decoder, *c.rule.split(", ")[1:]]) for cs in found.values() for c in cs
-    }
+    label = _labels([curve for group in found.values() for curve in group])
     kinds = markers(list(dict.fromkeys(label.values())))
     thresholds = np.sort(rows["threshold"].dropna().unique())
     # Thresholds are ranked: one that never exits and one that always does may be far from the rest.
@@ -132,19 +138,20 @@ def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
     points: Any = None
     for ax, ((task, adapter), curves_here) in zip(axes, found.items(), strict=True):
         for curve in curves_here:
-            at = curve.points
+            at, name = curve.points, label[curve.decoder, curve.rule]
             points = ax.scatter(
                 at["token_layer_ratio"],
                 at["value"],
                 c=np.searchsorted(thresholds, at["threshold"]),
                 cmap=MAP,
                 norm=colours,
-                marker=kinds[label[id(curve)]],
+                marker=kinds[name],
                 s=22,
                 linewidths=0.4,
                 edgecolors="black",
             )
-            handles.setdefault(label[id(curve)], points)
+            ax.plot(at["token_layer_ratio"], at["value"], color="0.75", linewidth=0.7, zorder=0)
+            handles[name] = Line2D([], [], color="0.4", linestyle="", marker=kinds[name])
         if math.isfinite(curves_here[0].full):
             handles[decoder_name(FULL)] = ax.axhline(
                 curves_here[0].full, color="black", linestyle=(0, (6, 3)), linewidth=1
@@ -165,6 +172,19 @@ def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
     )
 
 
+def _labels(found: Sequence[Curve]) -> dict[tuple[str, str], str]:
+    """Names of exit rules: the decoder, with scope and read-out if it comes with several."""
+    rules: dict[str, set[str]] = {}
+    for curve in found:
+        rules.setdefault(curve.decoder, set()).add(curve.rule)
+    return {
+        (curve.decoder, curve.rule): curve.decoder
+        if len(rules[curve.decoder]) == 1
+        else ", ".join([curve.decoder, *curve.rule.split(", ")[1:]])
+        for curve in found
+    }
+
+
 def _colour_bar(figure: Any, axes: list[Axes], points: Any, thresholds: Any, name: str) -> None:
     ranks = np.unique(np.linspace(0, len(thresholds) - 1, min(_TICKS, len(thresholds))).round())
     bar = figure.colorbar(points, ax=axes, ticks=ranks, pad=0.02, aspect=30)
@@ -179,9 +199,16 @@ def generalisation_figure(sweep: Sweep) -> Iterator[Plot]:
     if not matrices:
         return
     figure, axes = panels(len(matrices), columns=2, width=3.6, height=2.6)
+    scales = {}
+    for unit in {matrix.unit for matrix in matrices}:
+        frames = [matrix.frame for matrix in matrices if matrix.unit == unit]
+        values = np.concatenate([frame.to_numpy(dtype=float).ravel() for frame in frames])
+        low, high = np.nanmin(values), np.nanmax(values)
+        # A span of its own would make a difference of a thousandth look like a gulf.
+        scales[unit] = Normalize(low, max(high, low + _SPAN))
     for ax, matrix in zip(axes, matrices, strict=True):
         values = matrix.frame.to_numpy(dtype=float)
-        image = ax.imshow(values, cmap=MAP, aspect="auto")
+        image = ax.imshow(values, cmap=MAP, norm=scales[matrix.unit], aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             # Dark numbers on the light half of the map.
             dark = not math.isfinite(value) or image.norm(value) > 0.5
@@ -197,7 +224,7 @@ def generalisation_figure(sweep: Sweep) -> Iterator[Plot]:
             ha="right",
         )
         ax.set_yticks(range(values.shape[0]), [plain(str(name)) for name in matrix.frame.index])
-        ax.set_title(plain(matrix.title), fontsize=7.5)
+        ax.set_title(plain(matrix.title))
         ax.set_ylabel("trained on")
     long = [
         matrix.frame.rename_axis("trained on")

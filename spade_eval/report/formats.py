@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from spade_eval.report.extra import needs_report_extra
 from spade_eval.report.files import replacing
+
+with needs_report_extra():
+    from tabulate import tabulate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +34,8 @@ def markdown(table: Table) -> str:
     shown = readable(table.frame)
     align = ["right" if numeric(table.frame, column) else "left" for column in shown]
     shown = shown.map(_no_bars).rename(columns=_no_bars)
-    return str(shown.to_markdown(index=False, disable_numparse=True, colalign=align))
+    text = tabulate(shown, "keys", "pipe", disable_numparse=True, colalign=align, showindex=False)
+    return str(text)
 
 
 def latex(table: Table) -> str:

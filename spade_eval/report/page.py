@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spade_eval import __version__
 from spade_eval.report.extra import needs_report_extra
 from spade_eval.report.files import replacing
+from spade_eval.report.formats import number, numeric
 from spade_eval.report.sweeps import slug
 
 with needs_report_extra():
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from spade_eval.report.tables import Table
 
 _PAGED = 12  # rows above which a table gets pages and a search field
+_PIXELS = 120  # per inch of a figure, on a screen of the common density
 
 
 def write_page(
@@ -63,6 +65,7 @@ def write_page(
                 "name": plot.name,
                 "title": plot.title,
                 "caption": plot.caption,
+                "width": round(plot.figure.get_figwidth() * _PIXELS),
                 "png": base64.b64encode(file.read_bytes()).decode("ascii"),
             }
             for plot, file in plots
@@ -94,11 +97,13 @@ def source_rows(sweeps: Sequence[Sweep]) -> list[dict[str, str]]:
 
 def _table(table: Table) -> markupsafe.Markup:
     """A sortable table; itables escapes what is in it."""
+    # Numbers as text: the page sorts them as numbers all the same, and shows no "NaN".
+    shown = table.frame.apply(lambda x: x.map(number) if numeric(table.frame, str(x.name)) else x)
     options: dict[str, Any] = {}
     if len(table.frame) > _PAGED:
         options = {"pageLength": _PAGED, "layout": {"topStart": "pageLength", "topEnd": "search"}}
     html = to_html_datatable(
-        table.frame.round(4),
+        shown,
         connected=False,
         showIndex=False,
         allow_html=False,

@@ -150,7 +150,7 @@ def _answers(labels: NDArray[np.int64]) -> list[str]:
 
 def _component_figure(model: str, task: str, frame: pd.DataFrame) -> Plot:
     layers = sorted(frame["layer"].unique())
-    styles = curve_styles(sorted(frame["answer"].unique()))
+    styles = curve_styles({answer: answer for answer in sorted(frame["answer"].unique())})
     figure, axes = panels(len(layers), height=2.3)
     handles = {}
     for ax, layer in zip(axes, layers, strict=True):
@@ -177,7 +177,7 @@ def _component_figure(model: str, task: str, frame: pd.DataFrame) -> Plot:
 
 def _probe_figure(model: str, task: str, frame: pd.DataFrame) -> Plot:
     figure, (ax,) = panels(1, width=4.2, height=2.6)
-    style = curve_styles(["probe"])["probe"]
+    style = curve_styles({"probe": "probe"})["probe"]
     (line,) = ax.plot(frame["layer"], frame["accuracy"], **style)
     low, high = (frame["accuracy"] + sign * frame["stderr"] for sign in (-1, 1))
     ax.fill_between(frame["layer"], low, high, color=style["color"], alpha=0.15, linewidth=0)

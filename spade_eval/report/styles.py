@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ with needs_report_extra():
     from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -22,6 +23,7 @@ MAP = "cividis"  # even in lightness, and the same for colour-blind readers
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 _LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+_LETTER = 0.058  # mean width of a letter in a legend, inches
 _RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -54,31 +56,43 @@ class Plot:
     frame: pd.DataFrame
 
 
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw inside in the report's style."""
+    with mpl.rc_context(_RC):
+        yield
+
+
 def panels(
     count: int, *, columns: int = 3, width: float = 2.9, height: float = 2.4
 ) -> tuple[Figure, list[Any]]:
     """A figure of panels in a grid, and as many axes, row by row."""
-    columns = min(columns, count)
+    columns = 2 if count == 4 else min(columns, count)
     rows = -(-count // columns)
-    with mpl.rc_context(_RC):
-        figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.7), layout="constrained")
+    with styled():
+        figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.2), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]
 
 
-def curve_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour, a line and a marker for each curve."""
+def curve_styles(groups: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """A line and a marker for each curve, and a colour for each group of curves.
+
+    Args:
+        groups: The group of each curve, by the curve's name.
+    """
+    colours = list(dict.fromkeys(groups.values()))
     return {
         name: {
-            "color": _COLOURS[i % len(_COLOURS)],
+            "color": _COLOURS[colours.index(group) % len(_COLOURS)],
             "linestyle": _LINES[i % len(_LINES)],
             "marker": _MARKERS[i % len(_MARKERS)],
             "markersize": 3.5,
             "linewidth": 1.2,
         }
-        for i, name in enumerate(names)
+        for i, (name, group) in enumerate(groups.items())
     }
 
 
@@ -92,17 +106,22 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def legend_below(figure: Figure, handles: dict[str, Any]) -> None:
-    """One legend for all panels."""
-    if handles:
-        figure.legend(
-            handles.values(),
-            [plain(name) for name in handles],
-            loc="outside lower center",
-            ncols=min(4, len(handles)),
-            frameon=False,
-            fontsize=7.5,
-        )
+def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """One legend for all panels; the figure grows by it."""
+    if not handles:
+        return
+    width, height = figure.get_size_inches()
+    entry = max(map(len, handles)) * _LETTER + 0.5
+    columns = max(1, min(len(handles), int(width / entry)))
+    figure.set_size_inches(width, height + 0.17 * -(-len(handles) // columns))
+    figure.legend(
+        handles.values(),
+        [plain(name) for name in handles],
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=7.5,
+    )
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -110,5 +129,5 @@ def save(figure: Figure, path: Path) -> None:
     metadata = (
         {"Software": None} if path.suffix == ".png" else {"CreationDate": None, "Producer": None}
     )
-    with mpl.rc_context(_RC):
+    with styled():
         figure.savefig(path, dpi=200, metadata=metadata)

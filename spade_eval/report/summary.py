@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
+from spade_eval.report.extra import needs_report_extra
+
+with needs_report_extra():
+    from tabulate import tabulate
 
 if TYPE_CHECKING:
     from spade_eval.report.check import Compared, Comparison
@@ -75,11 +78,10 @@ def _remarks(found: Comparison) -> list[str]:
     return ["\n".join(f"note: {note}" for note in notes)] if notes else []
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, str]]) -> str:
+    align = ["left" if column in _TEXT else "right" for column in rows[0]]
     # Numbers are formatted here already; tabulate would read and round them again.
-    frame = pd.DataFrame(rows)
-    align = ["left" if column in _TEXT else "right" for column in frame]
-    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=align))
+    return str(tabulate(rows, "keys", "pipe", disable_numparse=True, colalign=align))
 
 
 def _cells(row: Compared, a: str, b: str) -> dict[str, str]:

@@ -141,6 +141,7 @@ class Matrix:
 
     model: str
     name: str
+    unit: str
     title: str
     note: str
     frame: pd.DataFrame
@@ -157,7 +158,7 @@ def generalisation(sweep: Sweep) -> Iterator[Matrix]:
             for what, label in (("value", "accuracy"), ("token_layer_ratio", "token-layer ratio")):
                 frame = _by_training_set(rows, what)
                 note = "Mean over all thresholds, confidences, scopes and read-outs of the sweep."
-                yield Matrix(model, slug(decoder, what), f"{label} of {shown}", note, frame)
+                yield Matrix(model, slug(decoder, what), label, f"{label} of {shown}", note, frame)
             continue
         upper = rows[rows["layer"].between(half, sweep.n_layers - 1)]
         layer = min(rows["layer"], key=lambda found: (abs(found - at), found))
@@ -166,7 +167,8 @@ def generalisation(sweep: Sweep) -> Iterator[Matrix]:
             ("layer", rows[rows["layer"] == layer], f"{shown}, layer {layer:.0f}"),
         ):
             note = "Layers that the sweep has; none was chosen by its result."
-            yield Matrix(model, slug(decoder, name), title, note, _by_training_set(part, "value"))
+            frame = _by_training_set(part, "value")
+            yield Matrix(model, slug(decoder, name), "accuracy", title, note, frame)
 
 
 def _by_training_set(rows: pd.DataFrame, what: str) -> pd.DataFrame:
@@ -214,7 +216,7 @@ def equal_compute(sweep: Sweep) -> Table:
     """Value of each decoder and exit rule at common token-layer ratios."""
     rows = [
         _curve_cells(adapter, task, metric, curve.decoder, curve.rule)
-        | {f"{ratio:.2f}x": curve.at_ratio(ratio) for ratio in BUDGETS}
+        | dict(zip((f"{ratio:.2f}x" for ratio in BUDGETS), curve.at_ratios(BUDGETS), strict=True))
         for adapter, task, metric, curve in curves(sweep.cells)
         if curve.points["token_layer_ratio"].notna().any()
     ]
