@@ -287,6 +287,12 @@ def test_runs_made_otherwise_are_refused(
     assert main(["compare", str(base), str(run)]) == 0  # which only tells
 
 
+def test_a_task_that_only_one_run_has_is_told() -> None:
+    found = compare(run_of(arc=scored(BASE), boolq=scored(BASE)), run_of(arc=scored(BASE)))
+    assert [row.task for row in found.rows] == ["arc"]
+    assert found.notes == ("Only in here.json: boolq.",)
+
+
 def test_few_shot_examples_of_another_seed_are_refused() -> None:
     def run(seed: int, shots: int) -> Run:
         return Run("r", {"fewshot_seed": seed}, {"arc": replace(scored(BASE), n_shot=shots)})

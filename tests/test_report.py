@@ -451,6 +451,20 @@ def test_generalisation(tmp_path: Path) -> None:
     assert found["spade_exit-token_layer_ratio"].frame.loc["arc", "arc"] == pytest.approx(1.2)
 
 
+def test_training_sets_compare_over_the_thresholds_they_share(tmp_path: Path) -> None:
+    rows = [
+        cell(
+            "spade_exit", "arc", value, threshold=t, lens_data=train, confidence="entropy",
+            token_layer_ratio=1.1,
+        )
+        for train, t, value in (("arc", 1.0, 0.6), ("boolq", 1.0, 0.5), ("boolq", 9.0, 0.1))
+    ]  # fmt: skip
+    found = {
+        matrix.name: matrix.frame for matrix in generalisation(sweep_of(*rows, folder=tmp_path))
+    }
+    assert found["spade_exit-value"]["arc"].to_dict() == pytest.approx({"arc": 0.6, "boolq": 0.5})
+
+
 def test_adapters_are_told_apart(tmp_path: Path) -> None:
     sweep = sweep_of(
         cell("full", "arc", 0.3, layer=12),

@@ -41,6 +41,7 @@ _EXIT_COLUMNS = [
     "exit layer",
     "ratio",
 ]
+_SETTING = ["layer", "threshold", "confidence", "exit_scope", "readout"]
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,9 @@ def generalisation(sweep: Sweep) -> Iterator[Matrix]:
     for decoder in sorted(trained["decoder"].unique(), key=decoder_order):
         rows, shown = trained[trained["decoder"] == decoder], decoder_name(decoder)
         if is_exit(rows).any():
+            note = "Means over the exit rules and thresholds that all training sets have."
             for what, label in (("value", "accuracy"), ("token_layer_ratio", "token-layer ratio")):
                 frame = _by_training_set(rows, what)
-                note = "Mean over all thresholds, confidences, scopes and read-outs of the sweep."
                 yield Matrix(model, slug(decoder, what), label, f"{label} of {shown}", note, frame)
             continue
         upper = rows[rows["layer"].between(half, sweep.n_layers - 1)]
@@ -166,19 +167,25 @@ def generalisation(sweep: Sweep) -> Iterator[Matrix]:
             ("upper", upper, f"{shown}, mean over layers {half} to {sweep.n_layers - 1}"),
             ("layer", rows[rows["layer"] == layer], f"{shown}, layer {layer:.0f}"),
         ):
-            note = "Layers that the sweep has; none was chosen by its result."
+            note = "Layers that all training sets have; none was chosen by its result."
             frame = _by_training_set(part, "value")
             yield Matrix(model, slug(decoder, name), "accuracy", title, note, frame)
 
 
 def _by_training_set(rows: pd.DataFrame, what: str) -> pd.DataFrame:
-    """Means by training set and test set, of the main metric of each task."""
-    rows = rows.assign(
-        test=[task_name(*pair) for pair in zip(rows["task"], rows["adapter"], strict=True)]
+    """Means by training set and test set, of the main metric of each task.
+
+    Only over settings that all training sets of a test set have: means over different thresholds
+    would not compare.
+    """
+    tests = [task_name(*pair) for pair in zip(rows["task"], rows["adapter"], strict=True)]
+    rows = rows.assign(test=tests)
+    rows = rows[rows["metric"] == rows["test"].map(rows.groupby("test")["metric"].agg(main_metric))]
+    sets = rows.groupby("test")["lens_data"].transform("nunique")
+    alike = rows.groupby(["test", *_SETTING], dropna=False)["lens_data"].transform("nunique")
+    return rows[alike == sets].pivot_table(
+        index="lens_data", columns="test", values=what, aggfunc="mean"
     )
-    main = rows.groupby("test")["metric"].agg(main_metric)
-    rows = rows[rows["metric"] == rows["test"].map(main)]
-    return rows.pivot_table(index="lens_data", columns="test", values=what, aggfunc="mean")
 
 
 def first_layers(sweep: Sweep) -> Table:
