@@ -21,7 +21,8 @@ _COMPARE = """\
 Compare two runs metric by metric. A run is a results file of lm-eval, the folder that it was
 written to, or a baseline. With samples in both (--log_samples) documents are paired: McNemar's
 exact test for outcomes of 0 and 1, a permutation test for others, bootstrap intervals. Without
-samples averages are compared by their standard errors. Holm's correction covers all metrics."""
+samples averages are compared by their standard errors. Holm's correction covers the p values of
+all metrics; the intervals are not corrected."""
 
 _CHECK = """\
 Exit with status 1 if a run is worse than its baseline, by more than the tolerance and more than

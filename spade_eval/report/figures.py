@@ -116,7 +116,7 @@ def _main_rows(cells: pd.DataFrame, lower: bool) -> pd.DataFrame:
 
 def exit_figures(sweep: Sweep) -> Iterator[Plot]:
     """Accuracy against speed at every threshold, a figure per confidence (figures 5 and 9)."""
-    cells = sweep.cells[sweep.cells["metric"].map(lower_is_better) == False]  # noqa: E712  # a mask
+    cells = sweep.cells[~sweep.cells["metric"].map(lower_is_better)]
     exits = cells[is_exit(cells) & cells["token_layer_ratio"].notna()]
     for confidence, part in exits.groupby("confidence"):
         kept = cells[cells["confidence"].eq(confidence) | cells["decoder"].eq(FULL)]
