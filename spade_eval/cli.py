@@ -175,6 +175,27 @@ def _calibrate(argv: list[str]) -> int:
     return calibrate_main(argv, tasks_path())
 
 
+def _report(argv: list[str]) -> int:
+    """Make tables and figures."""
+    from spade_eval.report.command import report_main
+
+    return report_main(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    """Compare two runs."""
+    from spade_eval.report.command import compare_main
+
+    return compare_main(argv)
+
+
+def _check(argv: list[str]) -> int:
+    """Compare a run with its baseline."""
+    from spade_eval.report.command import check_main
+
+    return check_main(argv)
+
+
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
@@ -194,6 +215,9 @@ _COMMANDS = {
     "calibrate": _Command(
         "find a threshold with a guarantee, for threshold=calibrated", _calibrate
     ),
+    "report": _Command("tables, figures and a page of sweeps and results", _report),
+    "compare": _Command("compare two runs, with paired tests where samples were logged", _compare),
+    "check": _Command("exit with status 1 if a run is worse than its baseline", _check),
     "tasks-path": _Command(
         "print the folder of our task files, for lm_eval --include_path", _tasks_path
     ),

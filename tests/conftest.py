@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib import metadata
 from pathlib import Path
@@ -47,3 +48,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def little_garbage() -> Iterator[None]:
+    """statsmodels collects garbage at every correction, which takes longer than a small test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -84,6 +84,9 @@ def test_help_lists_the_commands(argv: list[str], capsys: pytest.CaptureFixture[
         "finetune",
         "sweep",
         "calibrate",
+        "report",
+        "compare",
+        "check",
         "tasks-path",
     ]
 
@@ -100,7 +103,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["RUN"], "Did you mean 'run'?"),
         (
             ["zzz"],
-            "unknown command 'zzz'. Commands: run, fit, finetune, sweep, calibrate, tasks-path",
+            "unknown command 'zzz'. Commands: run, fit, finetune, sweep, calibrate, report, "
+            "compare, check, tasks-path",
         ),
         (["--model", "hf"], "to evaluate: spade-eval run --model ..."),
         (["tasks-path", "x"], "tasks-path takes no arguments, got x"),

@@ -335,7 +335,7 @@ def test_a_sweep_is_not_resumed_with_another_model_or_other_arguments(
         with pytest.raises(UserError, match="num_fewshot was None, is 2"):
             run(tmp_path / "out", resume=resume, num_fewshot=2)
     other = build(SweepLM, "mistral_sliding", ask=settings(tmp_path).ask, max_length=255)
-    with pytest.raises(UserError, match="weights was"):
+    with pytest.raises(UserError, match="model's weights was"):
         run(tmp_path / "out", resume=True, lm=other)
 
 

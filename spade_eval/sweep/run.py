@@ -95,7 +95,7 @@ def sweep(
     about_model = json.loads(json.dumps(fingerprint(lm, lm._settings()), default=str))
     work.claim(
         settings.work,
-        {**settings.describe(), "model": about_model},
+        {**settings.describe(), **{f"model's {k}": v for k, v in about_model.items()}},
         anew=overwrite and not resume,
         main=lm.rank == 0,
         wait=lm.barrier,

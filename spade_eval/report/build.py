@@ -1,0 +1,106 @@
+"""Make a report: find the inputs, write tables and figures, put them into one page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spade_eval.errors import UserError
+from spade_eval.report.baseline import read_run
+from spade_eval.report.figures import sweep_figures
+from spade_eval.report.files import dated_results, replacing
+from spade_eval.report.formats import write_table
+from spade_eval.report.page import source_rows, write_page
+from spade_eval.report.spaces import space_figures
+from spade_eval.report.styles import save, styled
+from spade_eval.report.sweeps import by_model, is_sweep, read_sweep
+from spade_eval.report.tables import leaderboard, sweep_tables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from spade_eval.report.runs import Run
+    from spade_eval.report.styles import Plot
+    from spade_eval.report.sweeps import Sweep
+    from spade_eval.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a report holds."""
+
+    tables: int
+    figures: int
+    remarks: list[str]
+
+
+def make_report(inputs: Sequence[Path], output: Path) -> Made:
+    """Write tables/, figures/ and report.html.
+
+    Args:
+        inputs: Folders of `spade-eval sweep`, results files or folders of lm-eval, or folders that
+            hold such.
+        output: Folder of the report; files of the same names in it are replaced.
+
+    Raises:
+        UserError: An input is missing, damaged, or something else; `output` cannot be written.
+    """
+    sweeps, runs = _read(inputs)
+    sweeps, remarks = by_model(sweeps)
+    tables: list[Table] = [leaderboard(runs, sweeps)]
+    for sweep in sweeps:
+        tables += sweep_tables(sweep)
+    tables = [table for table in tables if not table.frame.empty]
+    for table in tables:
+        write_table(table, output / "tables")
+    plots: list[tuple[Plot, Path]] = []
+    for sweep in sweeps:
+        with styled():
+            for plot in _figures(sweep):
+                plots.append((plot, _write_plot(plot, output / "figures")))
+    write_page(output / "report.html", source_rows(sweeps), remarks, plots, tables)
+    return Made(len(tables), len(plots), remarks)
+
+
+def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run]]:
+    """Find and read everything that the inputs name."""
+    sweeps: list[Sweep] = []
+    runs: list[Run] = []
+    for path in dict.fromkeys(given.expanduser() for given in inputs):
+        if path.is_file():
+            runs.append(read_run(path)[0])
+            continue
+        if not path.is_dir():
+            raise UserError(
+                f"{path}: there is no such file or folder. Give folders of `spade-eval sweep`, or "
+                "results of lm-eval."
+            )
+        folders = sorted(p for p in (path, *path.rglob("*")) if p.is_dir() and is_sweep(p))
+        # What lies inside a sweep's folder is part of the sweep.
+        files = [f for f in dated_results(path) if not any(s in f.parents for s in folders)]
+        if not folders and not files:
+            raise UserError(
+                f"The folder {path} holds no sweep (sweep.csv or sweep.parquet, made by "
+                "`spade-eval sweep`) and no results of lm-eval (results_DATE.json)."
+            )
+        for folder in folders:
+            sweeps += read_sweep(folder)
+        runs += [read_run(file)[0] for file in files]
+    return sweeps, runs
+
+
+def _figures(sweep: Sweep) -> Iterator[Plot]:
+    yield from sweep_figures(sweep)
+    yield from space_figures(sweep)
+
+
+def _write_plot(plot: Plot, folder: Path) -> Path:
+    """Write NAME.png, NAME.pdf and the numbers, NAME.csv; returns the PNG file."""
+    for ending in ("png", "pdf"):
+        with replacing(folder / f"{plot.name}.{ending}") as new:
+            save(plot.figure, new)
+        plot.figure.set_layout_engine("none")  # laid out by now, which takes as long as drawing
+    with replacing(folder / f"{plot.name}.csv") as new:
+        plot.frame.to_csv(new, index=False)
+    return folder / f"{plot.name}.png"

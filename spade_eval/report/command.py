@@ -1,0 +1,167 @@
+"""The command lines of `spade-eval report`, `spade-eval compare` and `spade-eval check`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, get_args
+
+from spade_eval.errors import UserError, require_known
+
+if TYPE_CHECKING:
+    from spade_eval.report.runs import Run
+
+_REPORT = """\
+Make tables (CSV, Markdown, LaTeX), figures (PNG, PDF, and their numbers as CSV) and one page,
+report.html, that needs no network. Several folders go into one report."""
+
+_COMPARE = """\
+Compare two runs metric by metric. A run is a results file of lm-eval, the folder that it was
+written to, or a baseline. With samples in both (--log_samples) documents are paired: McNemar's
+exact test for outcomes of 0 and 1, a permutation test for others, bootstrap intervals. Without
+samples averages are compared by their standard errors. Holm's correction covers the p values of
+all metrics; the intervals are not corrected."""
+
+_CHECK = """\
+Exit with status 1 if a run is worse than its baseline, by more than the tolerance and more than
+chance: a corrected two-sided p below alpha. The tolerance is in the metric's own unit where higher
+is better (0.01 of accuracy is one point) and a share of the baseline's value where lower is better
+(0.01 of a perplexity is one per cent)."""
+
+_CHECK_EXAMPLES = """\
+examples:
+  spade-eval check runs/today --write-baseline baselines/smollm2.json
+  spade-eval check runs/today --baseline baselines/smollm2.json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `{self.prog} --help` lists the arguments.")
+
+
+def report_main(argv: list[str]) -> int:
+    """Run `spade-eval report`.
+
+    Args:
+        argv: The arguments behind "report".
+    """
+    p = _parser("spade-eval report", _REPORT)
+    p.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="INPUT",
+        help="folder of `spade-eval sweep`, or results of lm-eval (file or folder)",
+    )
+    p.add_argument("--output", required=True, type=Path, help="folder of the report")
+    args = p.parse_args(argv)
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output} is a file; a report is a folder.")
+
+    from spade_eval.report.build import make_report
+
+    made = make_report(args.inputs, args.output.expanduser())
+    for remark in made.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    print(f"Report: {args.output / 'report.html'} ({made.tables} tables, {made.figures} figures)")
+    return 0
+
+
+def compare_main(argv: list[str]) -> int:
+    """Run `spade-eval compare`.
+
+    Args:
+        argv: The arguments behind "compare".
+    """
+    p = _parser("spade-eval compare", _COMPARE)
+    p.add_argument("a", type=Path, metavar="RUN_A", help="results file, folder, or baseline")
+    p.add_argument("b", type=Path, metavar="RUN_B", help="the other one")
+    args = p.parse_args(argv)
+
+    from spade_eval.report.check import compare
+    from spade_eval.report.summary import comparison_text
+
+    print(comparison_text(compare(_read(args.a), _read(args.b))))
+    return 0
+
+
+def check_main(argv: list[str]) -> int:
+    """Run `spade-eval check`.
+
+    Args:
+        argv: The arguments behind "check".
+
+    Returns:
+        1 if the run has regressed, else 0.
+    """
+    p = _parser("spade-eval check", _CHECK, _CHECK_EXAMPLES)
+    p.add_argument("run", type=Path, metavar="RUN", help="results file, or folder")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--baseline", type=Path, help="a baseline, or another run")
+    what.add_argument("--write-baseline", type=Path, metavar="FILE", help="make a baseline of RUN")
+    p.add_argument("--tolerance", type=float, default=0.01, help="default: %(default)s")
+    p.add_argument("--alpha", type=float, default=0.05, help="default: %(default)s")
+    p.add_argument(
+        "--allow",
+        default="",
+        help="compare although these differ, a list: versions (of tasks), limit (documents), "
+        "fewshot",
+    )
+    args = p.parse_args(argv)
+    if not 0 <= args.tolerance < math.inf:
+        raise UserError(f"--tolerance {args.tolerance}: give a number from 0 up, such as 0.01.")
+    if not 0 < args.alpha < 1:
+        raise UserError(f"--alpha {args.alpha}: give a number between 0 and 1, such as 0.05.")
+
+    from spade_eval.report.baseline import write_baseline
+    from spade_eval.report.check import Conflict, compare, refuse
+    from spade_eval.report.summary import check_text
+
+    allowed = [kind for kind in args.allow.split(",") if kind]
+    for kind in allowed:
+        require_known("--allow", kind, get_args(Conflict))
+    run = _read(args.run)
+    if args.write_baseline is not None:
+        write_baseline(run, args.write_baseline)
+        print(_written(run, args.write_baseline))
+        return 0
+    found = compare(_read(args.baseline), run)
+    refuse(found, allowed)
+    print(check_text(found, args.tolerance, args.alpha))
+    return int(bool(found.regressions(args.tolerance, args.alpha)))
+
+
+def _parser(prog: str, description: str, epilog: str | None = None) -> _Parser:
+    return _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _read(path: Path) -> Run:
+    """Read a run; a remark on which file was taken goes to standard error."""
+    from spade_eval.report.baseline import read_run
+
+    run, remark = read_run(path)
+    if remark:
+        print(f"note: {remark}", file=sys.stderr)
+    return run
+
+
+def _written(run: Run, path: Path) -> str:
+    """What a new baseline holds."""
+    scores = [score for task in run.tasks.values() for score in task.scores.values()]
+    alone = sum(score.outcomes is None for score in scores)
+    lines = [f"Baseline: {path}: {len(scores)} metrics of {', '.join(run.tasks)}"]
+    if alone:
+        lines.append(
+            f"note: {alone} of the metrics come without outcomes of documents, and checks of them "
+            "will be blunt; evaluate with --log_samples."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,243 @@
+"""The figures of a report: layer curves, accuracy against speed, generalisation."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spade_eval.report.compute import curves
+from spade_eval.report.extra import needs_report_extra
+from spade_eval.report.styles import MAP, Plot, curve_styles, legend_below, markers, panels, plain
+from spade_eval.report.sweeps import (
+    FULL,
+    decoder_name,
+    is_exit,
+    lower_is_better,
+    main_metric,
+    slug,
+    task_name,
+)
+from spade_eval.report.tables import generalisation, series
+
+with needs_report_extra():
+    import matplotlib as mpl
+    from matplotlib.colors import BoundaryNorm, Normalize
+    from matplotlib.lines import Line2D
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from matplotlib.axes import Axes
+
+    from spade_eval.report.compute import Curve
+    from spade_eval.report.sweeps import Sweep
+
+_TICKS = 8  # thresholds named beside a colour bar
+_SPAN = 0.1  # of a heat map's colours, at least
+
+
+def sweep_figures(sweep: Sweep) -> Iterator[Plot]:
+    """All figures of one model that its sweep has the numbers for."""
+    for lower in (False, True):
+        yield from layer_figure(sweep, lower)
+    yield from exit_figures(sweep)
+    yield from generalisation_figure(sweep)
+
+
+def layer_figure(sweep: Sweep, lower: bool) -> Iterator[Plot]:
+    """Value by layer, a panel per task (the paper's figures 3, 4, 7 and 8).
+
+    Args:
+        sweep: The sweep.
+        lower: Whether to show perplexities, on a logarithmic axis, or accuracies.
+    """
+    rows = _main_rows(sweep.cells[~is_exit(sweep.cells)], lower)
+    if rows.empty:
+        return
+    tasks = list(rows.groupby(["task", "adapter"]))
+    by_task = [(key, dict(series(part))) for key, part in tasks]
+    full = decoder_name(FULL)
+    groups = {
+        name: points["decoder"].iloc[0]
+        for _, found in by_task
+        for name, points in found.items()
+        if name != full
+    }
+    styles = curve_styles(groups)
+    figure, axes = panels(len(tasks))
+    handles: dict[str, Any] = {}
+    for ax, (key, found) in zip(axes, by_task, strict=True):
+        metric = next(iter(found.values()))["metric"].iloc[0]
+        for name in groups:
+            if name in found:
+                points = found[name].sort_values("layer")
+                (handles[name],) = ax.plot(
+                    points["layer"], points["value"], label=name, **styles[name]
+                )
+                _band(ax, points["layer"], points, styles[name]["color"])
+        if full in found:
+            value, stderr = found[full][["value", "stderr"]].iloc[0]
+            handles[full] = ax.axhline(value, color="black", linestyle=(0, (6, 3)), linewidth=1)
+            if math.isfinite(stderr):
+                ax.axhspan(value - stderr, value + stderr, color="black", alpha=0.08, linewidth=0)
+        ax.set_title(plain(task_name(*key)))
+        ax.set_xlabel("layer")
+        ax.set_ylabel(plain(metric))
+        if lower:
+            ax.set_yscale("log")
+    legend_below(figure, handles)
+    kind = "perplexity" if lower else "accuracy"
+    yield Plot(
+        slug("layers", sweep.model, kind),
+        f"{sweep.model}: {kind} by layer",
+        "Dashed: the full model. Bands are one standard error to both sides.",
+        figure,
+        rows[
+            ["task", "adapter", "metric", "decoder", "lens_data", "layer", "value", "stderr", "n"]
+        ],
+    )
+
+
+def _band(ax: Axes, x: pd.Series, points: pd.DataFrame, colour: str) -> None:
+    value, stderr = points["value"], points["stderr"]
+    if stderr.notna().any():
+        ax.fill_between(x, value - stderr, value + stderr, color=colour, alpha=0.15, linewidth=0)
+
+
+def _main_rows(cells: pd.DataFrame, lower: bool) -> pd.DataFrame:
+    """Rows of each task's main metric, of the wanted direction."""
+    rows = cells[cells["metric"].map(lower_is_better) == lower]
+    main = rows.groupby("task")["metric"].agg(main_metric)
+    return rows[rows["metric"] == rows["task"].map(main)]
+
+
+def exit_figures(sweep: Sweep) -> Iterator[Plot]:
+    """Accuracy against speed at every threshold, a figure per confidence (figures 5 and 9)."""
+    cells = sweep.cells[~sweep.cells["metric"].map(lower_is_better)]
+    exits = cells[is_exit(cells) & cells["token_layer_ratio"].notna()]
+    for confidence, part in exits.groupby("confidence"):
+        kept = cells[cells["confidence"].eq(confidence) | cells["decoder"].eq(FULL)]
+        kept = _main_rows(kept[kept["task"].isin(part["task"])], lower=False)
+        yield _exit_figure(sweep, str(confidence), kept)
+
+
+def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
+    found: dict[tuple[str, str], list[Any]] = {}
+    for adapter, task, _, curve in curves(rows):
+        found.setdefault((task, adapter), []).append(curve)
+    label = _labels([curve for group in found.values() for curve in group])
+    kinds = markers(list(dict.fromkeys(label.values())))
+    thresholds = np.sort(rows["threshold"].dropna().unique())
+    # Thresholds are ranked: one that never exits and one that always does may be far from the rest.
+    colours = BoundaryNorm(np.arange(len(thresholds) + 1) - 0.5, mpl.colormaps[MAP].N)
+    figure, axes = panels(len(found))
+    handles: dict[str, Any] = {}
+    points: Any = None
+    for ax, ((task, adapter), curves_here) in zip(axes, found.items(), strict=True):
+        for curve in curves_here:
+            at, name = curve.points, label[curve.decoder, curve.rule]
+            points = ax.scatter(
+                at["token_layer_ratio"],
+                at["value"],
+                c=np.searchsorted(thresholds, at["threshold"]),
+                cmap=MAP,
+                norm=colours,
+                marker=kinds[name],
+                s=22,
+                linewidths=0.4,
+                edgecolors="black",
+            )
+            ax.plot(at["token_layer_ratio"], at["value"], color="0.75", linewidth=0.7, zorder=0)
+            handles[name] = Line2D([], [], color="0.4", linestyle="", marker=kinds[name])
+        if math.isfinite(curves_here[0].full):
+            handles[decoder_name(FULL)] = ax.axhline(
+                curves_here[0].full, color="black", linestyle=(0, (6, 3)), linewidth=1
+            )
+        ax.axvline(1, color="0.6", linewidth=0.8)
+        ax.set_title(plain(task_name(task, adapter)))
+        ax.set_xlabel("token-layer ratio")
+        ax.set_ylabel(plain(curves_here[0].metric))
+    _colour_bar(figure, axes, points, thresholds, confidence)
+    legend_below(figure, handles)
+    return Plot(
+        slug("exits", sweep.model, confidence),
+        f"{sweep.model}: accuracy against speed, {confidence}",
+        "Token-layers of the full model through those of the run, tails and checks counted; left "
+        "of the grey line a run computes more than the full model. Colour: threshold, by rank.",
+        figure,
+        rows.drop(columns=["model", "layer", "seconds"]),
+    )
+
+
+def _labels(found: Sequence[Curve]) -> dict[tuple[str, str], str]:
+    """Names of exit rules: the decoder, with scope and read-out if it comes with several."""
+    rules: dict[str, set[str]] = {}
+    for curve in found:
+        rules.setdefault(curve.decoder, set()).add(curve.rule)
+    return {
+        (curve.decoder, curve.rule): curve.decoder
+        if len(rules[curve.decoder]) == 1
+        else ", ".join([curve.decoder, *curve.rule.split(", ")[1:]])
+        for curve in found
+    }
+
+
+def _colour_bar(figure: Any, axes: list[Axes], points: Any, thresholds: Any, name: str) -> None:
+    ranks = np.unique(np.linspace(0, len(thresholds) - 1, min(_TICKS, len(thresholds))).round())
+    bar = figure.colorbar(points, ax=axes, ticks=ranks, pad=0.02, aspect=30)
+    bar.ax.set_yticklabels([f"{thresholds[int(rank)]:g}" for rank in ranks])
+    bar.minorticks_off()
+    bar.set_label(plain(f"threshold of {name}" if name else "threshold"))
+
+
+def generalisation_figure(sweep: Sweep) -> Iterator[Plot]:
+    """Training set against test set, a panel per decoder (figures 6, 10 and 11)."""
+    matrices = [matrix for matrix in generalisation(sweep) if not matrix.frame.empty]
+    if not matrices:
+        return
+    figure, axes = panels(len(matrices), columns=2, width=3.6, height=2.6)
+    scales = {}
+    for unit in {matrix.unit for matrix in matrices}:
+        frames = [matrix.frame for matrix in matrices if matrix.unit == unit]
+        values = np.concatenate([frame.to_numpy(dtype=float).ravel() for frame in frames])
+        low, high = np.nanmin(values), np.nanmax(values)
+        # A span of its own would make a difference of a thousandth look like a gulf.
+        scales[unit] = Normalize(low, max(high, low + _SPAN))
+    for ax, matrix in zip(axes, matrices, strict=True):
+        values = matrix.frame.to_numpy(dtype=float)
+        image = ax.imshow(values, cmap=MAP, norm=scales[matrix.unit], aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            # Dark numbers on the light half of the map.
+            dark = not math.isfinite(value) or image.norm(value) > 0.5
+            text = f"{value:.3f}" if math.isfinite(value) else "–"  # noqa: RUF001
+            ax.text(
+                j, i, text, ha="center", va="center", color="black" if dark else "white", fontsize=7
+            )
+        ax.grid(False)
+        ax.set_xticks(
+            range(values.shape[1]),
+            [plain(str(name)) for name in matrix.frame],
+            rotation=30,
+            ha="right",
+        )
+        ax.set_yticks(range(values.shape[0]), [plain(str(name)) for name in matrix.frame.index])
+        ax.set_title(plain(matrix.title))
+        ax.set_ylabel("trained on")
+    long = [
+        matrix.frame.rename_axis("trained on")
+        .reset_index()
+        .melt("trained on", var_name="test")
+        .assign(panel=matrix.title)
+        for matrix in matrices
+    ]
+    yield Plot(
+        slug("generalisation", sweep.model),
+        f"{sweep.model}: generalisation of lenses",
+        "Rows: training set of the lens; columns: test set. Main metric of each task. "
+        + " ".join(dict.fromkeys(matrix.note for matrix in matrices)),
+        figure,
+        pd.concat(long, ignore_index=True),
+    )

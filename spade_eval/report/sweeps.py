@@ -1,0 +1,179 @@
+"""Sweep tables: one row per task, decoder, layer or threshold, and metric."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from spade_eval.errors import UserError
+from spade_eval.report.files import load_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_TEXT = (
+    "model", "adapter", "decoder", "lens_data", "task", "confidence", "exit_scope", "readout",
+    "metric",
+)  # fmt: skip
+_NUMBERS = (
+    "layer", "threshold", "value", "stderr", "n", "mean_exit_layer", "token_layer_ratio", "seconds",
+)  # fmt: skip
+_TABLES = ("sweep.parquet", "sweep.csv")
+FULL = "full"  # the decoder that is the whole model
+
+_KNOWN = {
+    FULL: "full model",
+    "logit_lens": "logit lens",
+    "tuned_lens": "tuned lens",
+    "spade_nos": "SPADE-NoS",
+    "spade": "SPADE",
+    "l_spade": "L-SPADE",
+    "lens_exit": "lens exit",
+    "spade_exit": "SPADE-EXIT",
+}
+_LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+_MAIN = ("acc", "acc_norm", "exact_match", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One folder of `spade-eval sweep`.
+
+    Attributes:
+        source: The folder.
+        cells: The table, columns as in sweep.csv; texts are never missing, numbers may be NaN.
+        n_layers: L.
+        about: What sweep.json tells about the run.
+        states: Files of hidden states, by task.
+    """
+
+    source: str
+    cells: pd.DataFrame
+    n_layers: int
+    about: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str(self.cells["model"].iloc[0])
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds a sweep table."""
+    return any((folder / name).is_file() for name in _TABLES)
+
+
+def read_sweep(folder: Path) -> list[Sweep]:
+    """Read a folder of `spade-eval sweep`, by model.
+
+    Raises:
+        UserError: The table cannot be read, is empty, or lacks columns.
+    """
+    path = next(folder / name for name in _TABLES if (folder / name).is_file())
+    try:
+        raw = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as err:  # pandas and pyarrow raise kinds of ValueError
+        raise UserError(f"{path} cannot be read as a table ({err}). Run the sweep again.") from err
+    if lacking := [name for name in (*_TEXT, *_NUMBERS) if name not in raw]:
+        raise UserError(
+            f"{path} lacks the columns {', '.join(lacking)}. Is it a table of `spade-eval sweep`?"
+        )
+    if raw.empty:
+        raise UserError(f"{path} has no rows. Run the sweep again.")
+    cells = pd.DataFrame({name: raw[name].astype("object").fillna("").map(str) for name in _TEXT})
+    for name in _NUMBERS:
+        try:
+            cells[name] = pd.to_numeric(raw[name]).astype("float64")
+        except (ValueError, TypeError) as err:
+            raise UserError(
+                f"{path}: the column {name} holds something else than numbers ({err})."
+            ) from err
+    about = load_json(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
+    states = {
+        path.name.removeprefix("states_").removesuffix(".safetensors"): path
+        for path in sorted(folder.glob("states_*.safetensors"))
+    }
+    found = []
+    for _, part in cells.groupby("model"):
+        n_layers = about.get("n_layers", part["layer"].max())
+        if not (isinstance(n_layers, (int, float)) and n_layers > 0):
+            raise UserError(f"{folder}: neither sweep.json nor a row tells the number of layers.")
+        found.append(Sweep(str(folder), part, int(n_layers), about, states))
+    return found
+
+
+def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
+    """Put sweeps of the same model together, such as those of different tasks.
+
+    Returns:
+        One sweep per model, and remarks on what was measured twice.
+
+    Raises:
+        UserError: Sweeps of one model disagree about its layers.
+    """
+    merged: list[Sweep] = []
+    remarks = []
+    models: dict[str, list[Sweep]] = {}
+    for sweep in sweeps:
+        models.setdefault(sweep.model, []).append(sweep)
+    for model, parts in models.items():
+        if len({part.n_layers for part in parts}) > 1:
+            raise UserError(
+                f"{', '.join(part.source for part in parts)}: sweeps of {model} with "
+                f"{', '.join(str(part.n_layers) for part in parts)} layers. Report them apart."
+            )
+        cells = pd.concat([part.cells for part in parts], ignore_index=True)
+        kept = cells.drop_duplicates([*_TEXT, "layer", "threshold"], keep="last", ignore_index=True)
+        if twice := len(cells) - len(kept):
+            remarks.append(f"{model}: {twice} cells are there twice; the last one is shown.")
+        states = {task: path for part in parts for task, path in part.states.items()}
+        source = ", ".join(dict.fromkeys(part.source for part in parts))
+        merged.append(replace(parts[0], source=source, cells=kept, states=states))
+    return merged, remarks
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less is more."""
+    return metric in _LOWER_IS_BETTER
+
+
+def main_metric(metrics: pd.Series) -> str:
+    """The metric that figures show of a task, out of those that it has."""
+    found = set(metrics)
+    return next((name for name in _MAIN if name in found), min(found))
+
+
+def is_exit(cells: pd.DataFrame) -> pd.Series:
+    """Which rows belong to early exits: those with a threshold."""
+    return cells["threshold"].notna()
+
+
+def decoder_name(decoder: str) -> str:
+    """A decoder's name in print; an unknown one keeps its own."""
+    return _KNOWN.get(decoder, decoder)
+
+
+def decoder_order(decoder: str) -> tuple[int, str]:
+    """Sorts decoders: known ones as in `_KNOWN`, then the others by name."""
+    known = list(_KNOWN)
+    return (known.index(decoder) if decoder in known else len(known), decoder)
+
+
+def series_name(decoder: str, lens_data: str) -> str:
+    """A curve's name: "L-SPADE (arc)"."""
+    return f"{decoder_name(decoder)} ({lens_data})" if lens_data else decoder_name(decoder)
+
+
+def task_name(task: str, adapter: str) -> str:
+    """A task's name, with the adapter that the model wore."""
+    return f"{task} [{adapter}]" if adapter else task
+
+
+def slug(*parts: str) -> str:
+    """A file name of a few words."""
+    return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part)

@@ -1,0 +1,688 @@
+"""`spade-eval report`: tables, figures and the page, from sweeps that this file makes up."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import save_file
+from test_check import BASE, written
+
+from spade_eval.cli import main
+from spade_eval.errors import UserError
+from spade_eval.report import build
+from spade_eval.report.compute import Curve, curves
+from spade_eval.report.figures import layer_figure, sweep_figures
+from spade_eval.report.formats import latex, markdown, number
+from spade_eval.report.spaces import States, components, probe, read_states
+from spade_eval.report.sweeps import Sweep, by_model, read_sweep, slug
+from spade_eval.report.tables import (
+    Table,
+    equal_compute,
+    exit_tables,
+    first_layers,
+    generalisation,
+    layer_tables,
+    leaderboard,
+    speed,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COLUMNS = [
+    "model", "adapter", "decoder", "lens_data", "task", "layer", "threshold", "confidence",
+    "exit_scope", "readout", "metric", "value", "stderr", "n", "mean_exit_layer",
+    "token_layer_ratio", "seconds",
+]  # fmt: skip
+L = 12
+
+
+def cell(decoder: str, task: str, value: float, **more: Any) -> dict[str, Any]:
+    """A row of a sweep table; what is not given is empty."""
+    empty: dict[str, Any] = dict.fromkeys(COLUMNS)
+    return empty | {
+        "model": "tiny", "decoder": decoder, "task": task, "metric": "acc", "value": value,
+        "stderr": 0.02, "n": 500,
+    } | more  # fmt: skip
+
+
+def plausible(
+    model: str = "tiny", tasks: tuple[str, ...] = ("arc", "boolq"), n_layers: int = L
+) -> pd.DataFrame:
+    """Curves that rise to the full model, SPADE's earlier; exits between them; perplexities."""
+    rng = np.random.default_rng(0)
+    rows = []
+
+    def fixed(decoder: str, task: str, layer: int, start: float, data: str | None = None) -> None:
+        depth = max(0.0, (layer / n_layers - start) / (1 - start))
+        share = n_layers / (
+            layer + (decoder in ("spade", "spade_nos")) * 0.05 * (n_layers - layer) + 1e-9
+        )
+        common = {
+            "model": model, "layer": layer, "lens_data": data, "mean_exit_layer": layer,
+            "token_layer_ratio": share if layer else None, "seconds": 1.0,
+        }  # fmt: skip
+        value = 0.25 + 0.45 * min(1.0, depth * 1.1) + rng.normal(0, 0.004) * (decoder != "full")
+        rows.append(cell(decoder, task, value, **common))
+        if task == tasks[0]:
+            perplexity = 20 * math.exp(8 * (1 - depth))
+            rows.append(
+                cell(decoder, "wiki", perplexity, **common)
+                | {"metric": "word_perplexity", "stderr": perplexity / 20, "n": 60}
+            )
+
+    for task in tasks:
+        fixed("full", task, n_layers, 0.0)
+        for layer in range(n_layers):
+            for decoder, start in (("logit_lens", 0.7), ("spade", 0.35), ("spade_nos", 0.5)):
+                fixed(decoder, task, layer, start)
+            if layer and layer % 2 == 0:
+                for data in tasks:
+                    fixed("l_spade", task, layer, 0.4 + 0.1 * (data != task), data)
+                fixed("tuned_lens", task, layer, 0.6, tasks[0])
+        for decoder, readout, loss in (("spade_exit", "spade", 0.06), ("lens_exit", "lens", 0.12)):
+            for data in tasks:
+                for i, threshold in enumerate((-1.0, 0.5, 1.0, 1.5, 2.0, 1e9)):
+                    rows.append(
+                        cell(
+                            decoder,
+                            task,
+                            0.7 - loss * (i / 5) ** 2 - 0.02 * (data != task) * (i > 0),
+                            model=model,
+                            lens_data=data,
+                            threshold=threshold,
+                            confidence="entropy",
+                            exit_scope="context",
+                            readout=readout,
+                            seconds=2.0,
+                            mean_exit_layer=n_layers * (1 - i / 10),
+                            token_layer_ratio=0.95 + 0.11 * i,
+                        )
+                    )
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def sweep_folder(
+    folder: Path, cells: pd.DataFrame | None = None, *, states: bool = False, **about: Any
+) -> Path:
+    """Write a folder as `spade-eval sweep` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = plausible() if cells is None else cells
+    cells.to_csv(folder / "sweep.csv", index=False)
+    told = {
+        "spade_eval": "0.1.0",
+        "command": "spade-eval sweep ...",
+        "model": "tiny",
+        "n_layers": L,
+    }
+    (folder / "sweep.json").write_text(json.dumps(told | about))
+    if states:
+        found = clusters()
+        save_file(
+            {"states": found.states.astype(np.float16), "labels": found.labels},
+            folder / "states_arc.safetensors",
+        )
+    return folder
+
+
+def clusters(n: int = 80, layers: int = 5) -> States:
+    """States in which four answers part from layer to layer."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(n) % 4
+    centres = rng.normal(size=(4, 16))
+    states = [
+        rng.normal(size=(n, 16)) + 2.5 * layer / layers * centres[labels]
+        for layer in range(layers + 1)
+    ]
+    return States(np.stack(states).astype(np.float32), labels)
+
+
+def sweep_of(*rows: dict[str, Any], n_layers: int = L, folder: Path) -> Sweep:
+    """The sweep of a few rows, as read from a file."""
+    (found,) = read_sweep(
+        sweep_folder(folder, pd.DataFrame(rows, columns=COLUMNS), n_layers=n_layers)
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a sweep with everything in it, and of a run of lm-eval."""
+    folder = tmp_path_factory.mktemp("report")
+    sweep_folder(folder / "sweep", states=True)
+    written(folder / "run", {"arc": BASE})
+    argv = ["report", str(folder / "sweep"), str(folder / "run"), "--output", str(folder / "out")]
+    assert main(argv) == 0
+    return folder / "out"
+
+
+# ---------------------------------------------------------------- the report as a whole
+
+
+def test_every_table_and_figure_in_every_format(made: Path) -> None:
+    tables = {path.name for path in (made / "tables").iterdir()}
+    stems = {
+        "leaderboard", "layers-tiny-arc-acc", "layers-tiny-boolq-acc",
+        "layers-tiny-wiki-word_perplexity", "exits-tiny-arc-acc", "exits-tiny-boolq-acc",
+        "generalisation-tiny-tuned_lens-upper", "generalisation-tiny-tuned_lens-layer",
+        "generalisation-tiny-l_spade-upper", "generalisation-tiny-l_spade-layer",
+        "generalisation-tiny-spade_exit-value", "generalisation-tiny-spade_exit-token_layer_ratio",
+        "generalisation-tiny-lens_exit-value", "generalisation-tiny-lens_exit-token_layer_ratio",
+        "first-layer-tiny", "equal-compute-tiny", "speed-tiny",
+    }  # fmt: skip
+    assert tables == {f"{stem}.{ending}" for stem in stems for ending in ("csv", "md", "tex")}
+    figures = {path.name for path in (made / "figures").iterdir()}
+    stems = {
+        "layers-tiny-accuracy", "layers-tiny-perplexity", "exits-tiny-entropy",
+        "generalisation-tiny", "components-tiny-arc", "probe-tiny-arc",
+    }  # fmt: skip
+    assert figures == {f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf", "csv")}
+
+
+class Page(HTMLParser):
+    """What a page loads, and where its links lead."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.ids: set[str] = set()
+        self.inner_links: set[str] = set()
+        self.scripts = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.scripts += tag == "script"
+        self.ids.add(found.get("id") or "")
+        if tag in ("img", "script", "link", "iframe"):
+            self.loads += [value for key in ("src", "href") if (value := found.get(key))]
+        if (link := found.get("href") or "").startswith("#"):
+            self.inner_links.add(link[1:])
+
+
+def test_the_page_needs_no_network(made: Path) -> None:
+    text = (made / "report.html").read_text()
+    page = Page(text)
+    assert page.loads
+    assert all(load.startswith("data:") for load in page.loads)
+    assert len([load for load in page.loads if load.startswith("data:image/png")]) == 6
+    assert page.inner_links <= page.ids
+    assert not re.search(r"(?:import|fetch)\s*\(?\s*['\"]https?:", text)
+
+
+def test_a_report_is_the_same_each_time(made: Path, tmp_path: Path) -> None:
+    inputs = [str(made.parent / "sweep"), str(made.parent / "run")]
+    assert main(["report", *inputs, "--output", str(tmp_path)]) == 0
+    before = {
+        path.relative_to(made): path.read_bytes() for path in made.rglob("*") if path.is_file()
+    }
+    after = {
+        path.relative_to(tmp_path): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>&_%$x^2|"
+    cells = [
+        cell("full", bad, 0.7, model=bad, layer=12),
+        cell(bad, bad, 0.6, model=bad, layer=6, lens_data=bad, adapter=bad, token_layer_ratio=1.5),
+        cell(
+            "spade_exit", bad, 0.6, model=bad, threshold=1.0, confidence=bad, token_layer_ratio=1.2
+        ),
+    ]
+    sweep_folder(tmp_path / "s", pd.DataFrame(cells, columns=COLUMNS), command=bad)
+    assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+    names = [path.name for path in (tmp_path / "out" / "tables").iterdir()]
+    assert names
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
+
+
+def test_several_models_and_nested_folders(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        cells = [cell("spade", "arc", 0.5, model=name, layer=layer) for layer in (3, 6)]
+        sweep_folder(tmp_path / "all" / name, pd.DataFrame(cells, columns=COLUMNS))
+    made = build.make_report([tmp_path / "all"], tmp_path / "out")
+    assert (made.figures, made.remarks) == (2, [])
+    assert {path.name for path in (tmp_path / "out" / "figures").glob("*.png")} == {
+        "layers-a-accuracy.png",
+        "layers-b-accuracy.png",
+    }
+
+
+def test_sweeps_of_one_model_are_put_together(tmp_path: Path) -> None:
+    one, other = (
+        read_sweep(sweep_folder(tmp_path / task, plausible(tasks=(task,))))[0]
+        for task in ("arc", "boolq")
+    )
+    (merged,), remarks = by_model([one, other])
+    assert set(merged.cells["task"]) == {"arc", "boolq", "wiki"}
+    (twice,), told = by_model([one, one])
+    assert len(twice.cells) == len(one.cells)
+    assert f"{len(one.cells)} cells are there twice" in told[0]
+    assert len(merged.cells) == len(one.cells) + len(other.cells) - remarks_count(remarks)
+    (deeper,) = read_sweep(sweep_folder(tmp_path / "deep", plausible(), n_layers=24))
+    with pytest.raises(UserError, match="with 12, 24 layers"):
+        by_model([one, deeper])
+
+
+def remarks_count(remarks: list[str]) -> int:
+    return sum(int(found) for remark in remarks for found in re.findall(r"(\d+) cells", remark))
+
+
+def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
+    (from_csv,) = read_sweep(sweep_folder(tmp_path / "csv"))
+    folder = sweep_folder(tmp_path / "parquet")
+    plausible().to_parquet(folder / "sweep.parquet")
+    (folder / "sweep.csv").unlink()
+    (from_parquet,) = read_sweep(folder)
+    pd.testing.assert_frame_equal(from_csv.cells, from_parquet.cells)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_layers_by_decoder(tmp_path: Path) -> None:
+    sweep = sweep_of(
+        cell("full", "arc", 0.7, layer=12),
+        cell("spade", "arc", 0.6, layer=8),
+        cell("spade", "arc", 0.65, layer=10, stderr=0.03),
+        cell("l_spade", "arc", 0.5, layer=8, lens_data="sciq"),
+        cell("mystery", "arc", 0.1, layer=8),
+        folder=tmp_path,
+    )
+    (table,) = layer_tables(sweep)
+    assert list(table.frame) == [
+        "layer", "full model", "± full model", "SPADE", "± SPADE", "L-SPADE (sciq)",
+        "± L-SPADE (sciq)", "mystery", "± mystery",
+    ]  # fmt: skip
+    rows = table.frame.set_index("layer")
+    assert rows.loc[10, "SPADE"] == 0.65
+    assert rows.loc[10, "± SPADE"] == 0.03
+    assert rows.loc[12, "full model"] == 0.7
+    assert math.isnan(rows.loc[8, "full model"])
+    assert "| 10 | " in re.sub(r" +", " ", markdown(table))
+    assert "0.650 ± 0.030" in markdown(table)
+
+
+def test_exits_at_every_threshold(tmp_path: Path) -> None:
+    rule = {"confidence": "entropy", "exit_scope": "context", "readout": "spade"}
+    sweep = sweep_of(
+        cell("full", "arc", 0.7, layer=12),
+        cell(
+            "spade_exit",
+            "arc",
+            0.66,
+            threshold=2.0,
+            token_layer_ratio=1.3,
+            mean_exit_layer=9,
+            **rule,
+        ),
+        cell(
+            "spade_exit",
+            "arc",
+            0.71,
+            threshold=1.0,
+            token_layer_ratio=1.1,
+            mean_exit_layer=10,
+            **rule,
+        ),
+        folder=tmp_path,
+    )
+    (table,) = exit_tables(sweep)
+    assert table.frame["threshold"].tolist() == [1.0, 2.0]
+    assert table.frame["- full"].tolist() == pytest.approx([0.01, -0.04])
+    assert set(table.frame["rule"]) == {"entropy, context, spade"}
+
+
+def test_first_layer_that_reaches_the_full_model(tmp_path: Path) -> None:
+    values = {2: 0.69, 4: 0.50, 6: 0.67, 8: 0.68, 10: 0.75}  # 2 by luck; the stderr is 0.02
+    rows = [cell("spade", "arc", value, layer=layer) for layer, value in values.items()]
+    rows += [cell("logit_lens", "arc", 0.3, layer=layer) for layer in values]
+    wiki = {"metric": "word_perplexity", "stderr": 1.0}
+    rows += [
+        cell("spade", "wiki", v, layer=i, **wiki) for i, v in ((4, 90.0), (6, 20.9), (8, 15.0))
+    ]
+    rows += [cell("full", "arc", 0.70, layer=12), cell("full", "wiki", 20.0, layer=12, **wiki)]
+    frame = first_layers(sweep_of(*rows, folder=tmp_path)).frame.set_index(["task", "decoder"])
+    assert frame.loc[("arc", "SPADE"), "first layer"] == 2
+    assert frame.loc[("arc", "SPADE"), "from then on"] == 8
+    assert math.isnan(frame.loc[("arc", "logit lens"), "first layer"])
+    assert math.isnan(frame.loc[("arc", "logit lens"), "from then on"])
+    assert frame.loc[("wiki", "SPADE"), "first layer"] == 6
+    assert frame.loc[("wiki", "SPADE"), "from then on"] == 6
+
+
+def curve(points: list[tuple[float, float]], full: float = 0.7, metric: str = "acc") -> Curve:
+    frame = pd.DataFrame(points, columns=["token_layer_ratio", "value"])
+    return Curve("SPADE", "", metric, full, 0.02, frame.assign(layer=range(len(frame))))
+
+
+def test_equal_compute_interpolates_in_cost() -> None:
+    # Costs 1, 0.8 and 0.5: at a cost of 0.65 half of the documents at each of the last two.
+    ratios = (1.0, 1 / 0.9, 1 / 0.65, 2.0)
+    found = curve([(2.0, 0.4), (1.25, 0.6)])
+    assert found.at_ratios(ratios) == pytest.approx([0.7, 0.65, 0.5, 0.4])
+    assert math.isnan(found.at_ratios([2.5])[0])
+    # Of two settings at one cost the better one counts, upwards or downwards.
+    assert curve([(2.0, 0.4), (2.0, 0.5)]).at_ratios([2.0]) == [0.5]
+    downwards = curve([(2.0, 40.0), (2.0, 30.0)], 20.0, "word_perplexity")
+    assert downwards.at_ratios([2.0]) == [30.0]
+    assert math.isnan(curve([(math.nan, 0.4)], math.nan).at_ratios([1.0])[0])
+
+
+def test_speed_at_no_loss_and_at_one_point(tmp_path: Path) -> None:
+    rule = {"confidence": "entropy", "exit_scope": "context", "readout": "spade"}
+    points = ((0.5, 1.05, 0.71), (1.0, 1.2, 0.70), (1.5, 1.4, 0.69), (2.0, 1.9, 0.60))
+    sweep = sweep_of(
+        cell("full", "arc", 0.70, layer=12),
+        *(
+            cell("spade_exit", "arc", v, threshold=t, token_layer_ratio=r, **rule)
+            for t, r, v in points
+        ),
+        cell("logit_lens", "arc", 0.2, layer=6, token_layer_ratio=2.0),
+        cell("spade", "arc", 0.70, layer=6),  # its cost is unknown
+        folder=tmp_path,
+    )
+    frame = speed(sweep).frame.set_index("decoder")
+    assert frame.loc["SPADE-EXIT", ["no loss", "1 point"]].tolist() == [1.2, 1.4]
+    assert frame.loc["SPADE-EXIT", "1 point, at"] == "threshold 1.5"
+    assert math.isnan(frame.loc["logit lens", "1 point"])
+    assert frame.loc["logit lens", "no loss, at"] == ""
+    assert "SPADE" not in frame.index
+    budgets = equal_compute(sweep).frame.set_index("decoder")
+    assert budgets.loc["SPADE-EXIT", "1.20x"] == pytest.approx(0.70)
+    assert math.isnan(budgets.loc["SPADE-EXIT", "2.00x"])
+
+
+def test_generalisation(tmp_path: Path) -> None:
+    rows = [
+        cell("l_spade", test, value + layer / 100, layer=layer, lens_data=train)
+        for train, test, value in (
+            ("arc", "arc", 0.5),
+            ("arc", "boolq", 0.3),
+            ("boolq", "arc", 0.4),
+        )
+        for layer in (2, 6, 8, 10)
+    ]
+    rows += [
+        cell(
+            "spade_exit",
+            "arc",
+            value,
+            threshold=t,
+            lens_data="arc",
+            confidence="entropy",
+            token_layer_ratio=r,
+        )
+        for t, value, r in ((1.0, 0.6, 1.1), (2.0, 0.4, 1.3))
+    ]
+    rows += [cell("full", "arc", 0.7, layer=12), cell("spade", "arc", 0.7, layer=8)]
+    found = {matrix.name: matrix for matrix in generalisation(sweep_of(*rows, folder=tmp_path))}
+    assert set(found) == {
+        "l_spade-upper",
+        "l_spade-layer",
+        "spade_exit-value",
+        "spade_exit-token_layer_ratio",
+    }
+    upper = found["l_spade-upper"]
+    assert "layers 6 to 11" in upper.title
+    assert upper.frame.loc["arc", "arc"] == pytest.approx(0.5 + 0.08)
+    assert upper.frame.loc["boolq", "arc"] == pytest.approx(0.4 + 0.08)
+    assert math.isnan(upper.frame.loc["boolq", "boolq"])
+    assert "layer 8" in found["l_spade-layer"].title  # of those there are, the nearest to 9
+    assert found["l_spade-layer"].frame.loc["arc", "boolq"] == pytest.approx(0.38)
+    assert found["spade_exit-value"].frame.loc["arc", "arc"] == pytest.approx(0.5)
+    assert found["spade_exit-token_layer_ratio"].frame.loc["arc", "arc"] == pytest.approx(1.2)
+
+
+def test_training_sets_compare_over_the_thresholds_they_share(tmp_path: Path) -> None:
+    rows = [
+        cell(
+            "spade_exit", "arc", value, threshold=t, lens_data=train, confidence="entropy",
+            token_layer_ratio=1.1,
+        )
+        for train, t, value in (("arc", 1.0, 0.6), ("boolq", 1.0, 0.5), ("boolq", 9.0, 0.1))
+    ]  # fmt: skip
+    found = {
+        matrix.name: matrix.frame for matrix in generalisation(sweep_of(*rows, folder=tmp_path))
+    }
+    assert found["spade_exit-value"]["arc"].to_dict() == pytest.approx({"arc": 0.6, "boolq": 0.5})
+
+
+def test_adapters_are_told_apart(tmp_path: Path) -> None:
+    sweep = sweep_of(
+        cell("full", "arc", 0.3, layer=12),
+        cell("full", "arc", 0.8, layer=12, adapter="lora-arc"),
+        cell("spade", "arc", 0.75, layer=6, adapter="lora-arc", token_layer_ratio=1.5),
+        folder=tmp_path,
+    )
+    assert len(list(layer_tables(sweep))) == 2
+    (found,) = [c for adapter, _, _, c in curves(sweep.cells) if adapter]
+    assert found.full == 0.8
+    assert set(equal_compute(sweep).frame["task"]) == {"arc [lora-arc]"}
+
+
+def test_leaderboard(tmp_path: Path) -> None:
+    account = {"spade": {"layer": 12, "account": {"mean_exit_layer": 9.5, "implied_speedup": 1.2}}}
+    run = build.read_run(written(tmp_path / "run", {"arc": BASE}, config=account))[0]
+    sweep = sweep_of(cell("full", "arc", 0.7, layer=12), folder=tmp_path / "sweep")
+    frame = leaderboard([run], [sweep]).frame
+    assert frame["arc acc"].tolist() == pytest.approx([np.mean(BASE), 0.7])
+    assert frame["ratio"].iloc[0] == 1.2
+    assert frame["run"].iloc[1] == "full model (tiny)"
+    assert list(frame)[-2:] == ["exit layer", "ratio"]
+
+
+def test_latex_and_markdown_escape() -> None:
+    frame = pd.DataFrame(
+        {"task": ["a_b & 50%", "x|y"], "v": [0.5, math.nan], "± v": [0.25, math.nan]}
+    )
+    table = Table("t", "50% of $a_b", "", frame)
+    text = latex(table)
+    assert r"a\_b \& 50\%" in text
+    assert r"\caption{50\% of \$a\_b}" in text
+    assert r"0.500 $\pm$ 0.250" in text
+    assert r"x\|y" in markdown(table)
+    assert "nan" not in markdown(table)
+
+
+def test_numbers_for_reading() -> None:
+    shown = [number(v) for v in (0.12345, 12.0, 123456.7, 0.00012, math.nan, 1e9, math.inf)]
+    assert shown == ["0.123", "12", "1.235e+05", "0.00012", "", "1.000e+09", "inf"]
+
+
+def test_file_names() -> None:
+    assert slug("layers", "org/model v1", "", "a_b.c") == "layers-org-model-v1-a_b.c"
+    assert slug("..", "x") == "-x"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_layer_figure_shows_what_there_is(tmp_path: Path) -> None:
+    (sweep,) = read_sweep(sweep_folder(tmp_path, states=False))
+    (plot,) = layer_figure(sweep, lower=False)
+    axes = plot.figure.axes
+    assert [ax.get_title() for ax in axes] == ["arc", "boolq"]
+    labels = {line.get_label() for line in axes[0].get_lines()} - {"_child6"}
+    assert {
+        "SPADE",
+        "SPADE-NoS",
+        "logit lens",
+        "tuned lens (arc)",
+        "L-SPADE (arc)",
+        "L-SPADE (boolq)",
+    } <= labels
+    lines = [line for line in axes[0].get_lines() if line.get_marker() != "None"]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines)
+    (low,) = layer_figure(sweep, lower=True)
+    assert low.figure.axes[0].get_yscale() == "log"
+    spade = next(line for line in axes[0].get_lines() if line.get_label() == "SPADE")
+    table = plot.frame[(plot.frame["decoder"] == "spade") & (plot.frame["task"] == "arc")]
+    assert spade.get_ydata().tolist() == table.sort_values("layer")["value"].tolist()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        cell("spade", "arc", 0.5, layer=6, stderr=None),
+        cell("full", "arc", 0.5, layer=12),
+        cell("mystery", "arc", 0.5, layer=6, lens_data="x", token_layer_ratio=1.5),
+        cell("spade", "wiki", 30.0, layer=6, metric="word_perplexity"),
+        cell("spade_exit", "arc", 0.5, threshold=1.0, lens_data="arc", token_layer_ratio=1.2),
+        cell(
+            "mystery_exit", "arc", 0.5, threshold=math.inf, confidence="new", token_layer_ratio=1.2
+        ),
+        cell("spade_exit", "arc", 0.5, threshold=1.0),
+        cell("spade", "arc", None, layer=6),
+    ],
+    ids=lambda row: f"{row['decoder']}-{row['metric']}-{row['threshold']}-{row['value']}",
+)
+def test_one_cell_is_enough(row: dict[str, Any], tmp_path: Path) -> None:
+    sweep_folder(tmp_path / "s", pd.DataFrame([row], columns=COLUMNS))
+    assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_an_unknown_decoder_is_plotted_under_its_name(tmp_path: Path) -> None:
+    sweep = sweep_of(cell("mystery", "arc", 0.5, layer=6), folder=tmp_path)
+    (plot,) = sweep_figures(sweep)
+    assert [line.get_label() for line in plot.figure.axes[0].get_lines()] == ["mystery"]
+
+
+# ---------------------------------------------------------------- hidden states
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else() -> None:
+    found = probe(clusters(200))
+    assert found["layer"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found["accuracy"].iloc[-1] > 0.9
+    assert abs(found["accuracy"].iloc[0] - 0.25) < 4 * found["stderr"].iloc[0]
+    assert found["chance"].iloc[0] == 0.25
+    noise = clusters(200)
+    rng = np.random.default_rng(0)
+    mixed = probe(States(noise.states, rng.permutation(noise.labels)))
+    assert mixed["accuracy"].max() < 0.42  # predicted documents are not those it was trained on
+
+
+def test_rare_answers_are_left_out_of_a_probe() -> None:
+    found = clusters(40)
+    labels = found.labels.copy()
+    labels[0] = 7
+    assert probe(States(found.states, labels))["n"].iloc[0] == 39
+    assert probe(States(found.states, np.zeros(40, dtype=int))).empty
+
+
+def test_components_part_the_answers() -> None:
+    frame = components(clusters(200))
+    assert set(frame["layer"]) == {0, 1, 2, 3, 4, 5}
+    assert set(frame["answer"]) == set("ABCD")
+
+    def spread(layer: int) -> float:
+        part = frame[frame["layer"] == layer]
+        centres = part.groupby("answer")[["pc1", "pc2"]].mean()
+        return float(centres.var().sum() / part[["pc1", "pc2"]].var().sum())
+
+    assert spread(5) > 0.5 > 0.15 > spread(0)
+
+
+def test_states_that_are_all_the_same(tmp_path: Path) -> None:
+    found = clusters()
+    found.states[0] = 1.0
+    assert np.isfinite(components(found)[["pc1", "pc2", "share"]]).to_numpy().all()
+    path = tmp_path / "states_arc.safetensors"
+    states = found.states.astype(np.float16)
+    states[1, 0, 0] = np.inf
+    save_file({"states": states, "labels": found.labels}, path)
+    assert np.isfinite(read_states(path).states).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"states": np.zeros((3, 4, 2), np.float16)}, "no readable `states` and `labels`"),
+        (
+            {"states": np.zeros((3, 4, 2), np.float16), "labels": np.zeros(5, np.int64)},
+            "do not fit",
+        ),
+        (None, "no readable `states` and `labels`"),
+    ],
+)
+def test_damaged_states(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "states_arc.safetensors"
+    if content is None:
+        path.write_bytes(b"no tensors")
+    else:
+        save_file(content, path)
+    with pytest.raises(UserError, match=message):
+        read_states(path)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("package", "argv"),
+    [("matplotlib", ["report", ".", "--output", "out"]), ("statsmodels", ["compare", "a", "b"])],
+)
+def test_a_missing_package_is_named(package: str, argv: list[str]) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; from spade_eval.cli import main; "
+    command = [sys.executable, "-c", f"{code}sys.exit(main({argv}))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: The package {package} is not installed")
+    assert 'pip install "spade-eval[report]"' in done.stderr
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["report", *argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_folders_that_hold_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--output", str(tmp_path / "out")]
+    (tmp_path / "empty").mkdir()
+    assert "holds no sweep" in refused([str(tmp_path / "empty"), *out], capsys)
+    assert "no such file or folder" in refused([str(tmp_path / "none"), *out], capsys)
+    (tmp_path / "file").write_text("x")
+    assert "is a file; a report is a folder" in refused(
+        [str(tmp_path), "--output", str(tmp_path / "file")], capsys
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(tmp_path / "s"), "--output", str(tmp_path / "out")]
+    whole = plausible()
+    for cells, message in (
+        (whole.drop(columns=["stderr", "readout"]), "lacks the columns readout, stderr"),
+        (whole.head(0), "has no rows"),
+        (whole.assign(value="high"), "the column value holds something else than numbers"),
+    ):
+        sweep_folder(tmp_path / "s", cells)
+        assert message in refused(argv, capsys)
+    (tmp_path / "s" / "sweep.csv").write_bytes(b"\x00\xff\xfe")
+    assert "sweep.csv" in refused(argv, capsys)
+    (tmp_path / "s" / "sweep.parquet").write_bytes(b"PAR1 and no more")
+    assert "cannot be read as a table" in refused(argv, capsys)
+    sweep_folder(tmp_path / "t")
+    (tmp_path / "t" / "sweep.json").write_text('{"n_layers":')
+    assert "is not readable JSON" in refused([str(tmp_path / "t"), *argv[1:]], capsys)
+    sweep_folder(tmp_path / "t", n_layers="many")
+    assert "number of layers" in refused([str(tmp_path / "t"), *argv[1:]], capsys)
