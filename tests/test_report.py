@@ -69,7 +69,7 @@ def plausible(
         )
         common = {
             "model": model, "layer": layer, "lens_data": data, "mean_exit_layer": layer,
-            "token_layer_ratio": share if layer else None, "seconds": 1.0,
+            "token_layer_ratio": 1 / share if layer else None, "seconds": 1.0,
         }  # fmt: skip
         value = 0.25 + 0.45 * min(1.0, depth * 1.1) + rng.normal(0, 0.004) * (decoder != "full")
         rows.append(cell(decoder, task, value, **common))
@@ -105,7 +105,7 @@ def plausible(
                             readout=readout,
                             seconds=2.0,
                             mean_exit_layer=n_layers * (1 - i / 10),
-                            token_layer_ratio=0.95 + 0.11 * i,
+                            token_layer_ratio=1 / 1 / (0.95 + 0.11 * i),
                         )
                     )
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -175,8 +175,8 @@ def test_every_table_and_figure_in_every_format(made: Path) -> None:
         "layers-tiny-wiki-word_perplexity", "exits-tiny-arc-acc", "exits-tiny-boolq-acc",
         "generalisation-tiny-tuned_lens-upper", "generalisation-tiny-tuned_lens-layer",
         "generalisation-tiny-l_spade-upper", "generalisation-tiny-l_spade-layer",
-        "generalisation-tiny-spade_exit-value", "generalisation-tiny-spade_exit-token_layer_ratio",
-        "generalisation-tiny-lens_exit-value", "generalisation-tiny-lens_exit-token_layer_ratio",
+        "generalisation-tiny-spade_exit-value", "generalisation-tiny-spade_exit-gain",
+        "generalisation-tiny-lens_exit-value", "generalisation-tiny-lens_exit-gain",
         "first-layer-tiny", "equal-compute-tiny", "speed-tiny",
     }  # fmt: skip
     assert tables == {f"{stem}.{ending}" for stem in stems for ending in ("csv", "md", "tex")}
@@ -238,9 +238,17 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>&_%$x^2|"
     cells = [
         cell("full", bad, 0.7, model=bad, layer=12),
-        cell(bad, bad, 0.6, model=bad, layer=6, lens_data=bad, adapter=bad, token_layer_ratio=1.5),
         cell(
-            "spade_exit", bad, 0.6, model=bad, threshold=1.0, confidence=bad, token_layer_ratio=1.2
+            bad, bad, 0.6, model=bad, layer=6, lens_data=bad, adapter=bad, token_layer_ratio=1 / 1.5
+        ),
+        cell(
+            "spade_exit",
+            bad,
+            0.6,
+            model=bad,
+            threshold=1.0,
+            confidence=bad,
+            token_layer_ratio=1 / 1.2,
         ),
     ]
     sweep_folder(tmp_path / "s", pd.DataFrame(cells, columns=COLUMNS), command=bad)
@@ -329,7 +337,7 @@ def test_exits_at_every_threshold(tmp_path: Path) -> None:
             "arc",
             0.66,
             threshold=2.0,
-            token_layer_ratio=1.3,
+            token_layer_ratio=1 / 1.3,
             mean_exit_layer=9,
             **rule,
         ),
@@ -338,7 +346,7 @@ def test_exits_at_every_threshold(tmp_path: Path) -> None:
             "arc",
             0.71,
             threshold=1.0,
-            token_layer_ratio=1.1,
+            token_layer_ratio=1 / 1.1,
             mean_exit_layer=10,
             **rule,
         ),
@@ -369,7 +377,7 @@ def test_first_layer_that_reaches_the_full_model(tmp_path: Path) -> None:
 
 
 def curve(points: list[tuple[float, float]], full: float = 0.7, metric: str = "acc") -> Curve:
-    frame = pd.DataFrame(points, columns=["token_layer_ratio", "value"])
+    frame = pd.DataFrame(points, columns=["gain", "value"])
     return Curve("SPADE", "", metric, full, 0.02, frame.assign(layer=range(len(frame))))
 
 
@@ -392,10 +400,10 @@ def test_speed_at_no_loss_and_at_one_point(tmp_path: Path) -> None:
     sweep = sweep_of(
         cell("full", "arc", 0.70, layer=12),
         *(
-            cell("spade_exit", "arc", v, threshold=t, token_layer_ratio=r, **rule)
+            cell("spade_exit", "arc", v, threshold=t, token_layer_ratio=1 / r, **rule)
             for t, r, v in points
         ),
-        cell("logit_lens", "arc", 0.2, layer=6, token_layer_ratio=2.0),
+        cell("logit_lens", "arc", 0.2, layer=6, token_layer_ratio=1 / 2.0),
         cell("spade", "arc", 0.70, layer=6),  # its cost is unknown
         folder=tmp_path,
     )
@@ -428,7 +436,7 @@ def test_generalisation(tmp_path: Path) -> None:
             threshold=t,
             lens_data="arc",
             confidence="entropy",
-            token_layer_ratio=r,
+            token_layer_ratio=1 / r,
         )
         for t, value, r in ((1.0, 0.6, 1.1), (2.0, 0.4, 1.3))
     ]
@@ -438,7 +446,7 @@ def test_generalisation(tmp_path: Path) -> None:
         "l_spade-upper",
         "l_spade-layer",
         "spade_exit-value",
-        "spade_exit-token_layer_ratio",
+        "spade_exit-gain",
     }
     upper = found["l_spade-upper"]
     assert "layers 6 to 11" in upper.title
@@ -448,14 +456,14 @@ def test_generalisation(tmp_path: Path) -> None:
     assert "layer 8" in found["l_spade-layer"].title  # of those there are, the nearest to 9
     assert found["l_spade-layer"].frame.loc["arc", "boolq"] == pytest.approx(0.38)
     assert found["spade_exit-value"].frame.loc["arc", "arc"] == pytest.approx(0.5)
-    assert found["spade_exit-token_layer_ratio"].frame.loc["arc", "arc"] == pytest.approx(1.2)
+    assert found["spade_exit-gain"].frame.loc["arc", "arc"] == pytest.approx(1.2)
 
 
 def test_training_sets_compare_over_the_thresholds_they_share(tmp_path: Path) -> None:
     rows = [
         cell(
             "spade_exit", "arc", value, threshold=t, lens_data=train, confidence="entropy",
-            token_layer_ratio=1.1,
+            token_layer_ratio=1 / 1.1,
         )
         for train, t, value in (("arc", 1.0, 0.6), ("boolq", 1.0, 0.5), ("boolq", 9.0, 0.1))
     ]  # fmt: skip
@@ -469,7 +477,7 @@ def test_adapters_are_told_apart(tmp_path: Path) -> None:
     sweep = sweep_of(
         cell("full", "arc", 0.3, layer=12),
         cell("full", "arc", 0.8, layer=12, adapter="lora-arc"),
-        cell("spade", "arc", 0.75, layer=6, adapter="lora-arc", token_layer_ratio=1.5),
+        cell("spade", "arc", 0.75, layer=6, adapter="lora-arc", token_layer_ratio=1 / 1.5),
         folder=tmp_path,
     )
     assert len(list(layer_tables(sweep))) == 2
@@ -484,9 +492,9 @@ def test_leaderboard(tmp_path: Path) -> None:
     sweep = sweep_of(cell("full", "arc", 0.7, layer=12), folder=tmp_path / "sweep")
     frame = leaderboard([run], [sweep]).frame
     assert frame["arc acc"].tolist() == pytest.approx([np.mean(BASE), 0.7])
-    assert frame["ratio"].iloc[0] == 1.2
+    assert frame["gain"].iloc[0] == 1.2
     assert frame["run"].iloc[1] == "full model (tiny)"
-    assert list(frame)[-2:] == ["exit layer", "ratio"]
+    assert list(frame)[-2:] == ["exit layer", "gain"]
 
 
 def test_latex_and_markdown_escape() -> None:
@@ -543,11 +551,16 @@ def test_layer_figure_shows_what_there_is(tmp_path: Path) -> None:
     [
         cell("spade", "arc", 0.5, layer=6, stderr=None),
         cell("full", "arc", 0.5, layer=12),
-        cell("mystery", "arc", 0.5, layer=6, lens_data="x", token_layer_ratio=1.5),
+        cell("mystery", "arc", 0.5, layer=6, lens_data="x", token_layer_ratio=1 / 1.5),
         cell("spade", "wiki", 30.0, layer=6, metric="word_perplexity"),
-        cell("spade_exit", "arc", 0.5, threshold=1.0, lens_data="arc", token_layer_ratio=1.2),
+        cell("spade_exit", "arc", 0.5, threshold=1.0, lens_data="arc", token_layer_ratio=1 / 1.2),
         cell(
-            "mystery_exit", "arc", 0.5, threshold=math.inf, confidence="new", token_layer_ratio=1.2
+            "mystery_exit",
+            "arc",
+            0.5,
+            threshold=math.inf,
+            confidence="new",
+            token_layer_ratio=1 / 1.2,
         ),
         cell("spade_exit", "arc", 0.5, threshold=1.0),
         cell("spade", "arc", None, layer=6),

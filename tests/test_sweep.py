@@ -18,7 +18,7 @@ from test_lm import build, instances, model, task_pairs, text
 from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
-from spade_eval.fit.documents import _manager, load_tasks
+from spade_eval.fit.documents import load_tasks, task_manager
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
@@ -190,7 +190,7 @@ def run(
 def test_metrics_and_their_errors_are_lm_evals(tmp_path: Path) -> None:
     found = run(tmp_path / "out")
     assert list(found.columns) == list(table.COLUMNS)
-    manager = _manager((str(tasks_path()),))
+    manager = task_manager(tasks_path())
     maps = {(made.config.decoder, name): made for name, made in MAPS}
     fixed = found[(found["decoder"] == "spade") & (found["layer"] == 2)]
     exits = found[
@@ -335,7 +335,7 @@ def test_a_sweep_is_not_resumed_with_another_model_or_other_arguments(
         with pytest.raises(UserError, match="num_fewshot was None, is 2"):
             run(tmp_path / "out", resume=resume, num_fewshot=2)
     other = build(SweepLM, "mistral_sliding", ask=settings(tmp_path).ask, max_length=255)
-    with pytest.raises(UserError, match="model's weights was"):
+    with pytest.raises(UserError, match="model's config was"):
         run(tmp_path / "out", resume=True, lm=other)
 
 

@@ -193,15 +193,31 @@ def take(streams: Sequence[Generator[T, None, None]], most: int | None) -> list[
 
 
 @lru_cache(maxsize=4)
-def _manager(folders: tuple[str, ...]) -> TaskManager:
-    """lm-eval's index of tasks; it parses 13,000 files, which takes seconds."""
+def _manager(folders: tuple[str, ...], files: tuple[tuple[str, int], ...]) -> TaskManager:
+    """lm-eval's index of tasks; it parses 13,000 files, which takes seconds.
+
+    Args:
+        folders: Of further tasks.
+        files: What they hold, and since when.
+    """
     return TaskManager(include_path=list(folders) or None)
+
+
+def task_manager(include_path: Any) -> TaskManager:
+    """lm-eval's index of tasks, made once for the same folders with the same files."""
+    paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
+    folders = [Path(path) for path in paths]
+    files = sorted(
+        (str(file), file.stat().st_mtime_ns)
+        for folder in folders
+        for file in folder.rglob("*.yaml")
+    )
+    return _manager(tuple(map(str, folders)), tuple(files))
 
 
 def load_tasks(names: Sequence[str], include_path: Any) -> dict[str, Any]:
     """Build the named tasks, each once, in the order of the names."""
-    folders = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or ())
-    manager = _manager(tuple(map(str, folders)))
+    manager = task_manager(include_path)
     tasks: dict[str, Any] = {}
     for name in names:
         found = manager.match_tasks([name]) or ([name] if Path(name).is_file() else [])

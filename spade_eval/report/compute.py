@@ -1,7 +1,7 @@
 """Accuracy against compute: what a decoder reaches with a given share of the full model's work.
 
 A curve is what one decoder reaches over its layers, or one exit rule over its thresholds. The cost
-of a point is 1 / token_layer_ratio, tails and checks counted; the full model is (1, its value).
+of a point is 1 / gain, tails and checks counted; the full model is (1, its value).
 Choosing between two settings by lot, document by document, reaches every point on the straight line
 between them in (cost, value): so curves are interpolated in cost.
 """
@@ -58,8 +58,8 @@ class Curve:
         """Values at 1 / ratio of the full model's compute; NaN out of the curve's reach."""
         points = {1.0: self.full} if math.isfinite(self.full) else {}
         best = min if lower_is_better(self.metric) else max
-        known = self.points[self.points["token_layer_ratio"].gt(0) & self.points["value"].notna()]
-        for cost, value in zip(1 / known["token_layer_ratio"], known["value"], strict=True):
+        known = self.points[self.points["gain"].gt(0) & self.points["value"].notna()]
+        for cost, value in zip(1 / known["gain"], known["value"], strict=True):
             points[cost] = best(value, points.get(cost, value))
         if not points:
             return [math.nan] * len(ratios)
@@ -68,10 +68,8 @@ class Curve:
 
     def fastest(self, loss: float) -> pd.Series | None:
         """The cheapest point that loses at most `loss`; None if none does."""
-        kept = self.points[
-            (self.losses() <= loss + 1e-9) & self.points["token_layer_ratio"].notna()
-        ]
-        return None if kept.empty else kept.loc[kept["token_layer_ratio"].idxmax()]
+        kept = self.points[(self.losses() <= loss + 1e-9) & self.points["gain"].notna()]
+        return None if kept.empty else kept.loc[kept["gain"].idxmax()]
 
 
 def curves(cells: pd.DataFrame) -> Iterator[tuple[str, str, str, Curve]]:

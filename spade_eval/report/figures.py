@@ -117,7 +117,7 @@ def _main_rows(cells: pd.DataFrame, lower: bool) -> pd.DataFrame:
 def exit_figures(sweep: Sweep) -> Iterator[Plot]:
     """Accuracy against speed at every threshold, a figure per confidence (figures 5 and 9)."""
     cells = sweep.cells[~sweep.cells["metric"].map(lower_is_better)]
-    exits = cells[is_exit(cells) & cells["token_layer_ratio"].notna()]
+    exits = cells[is_exit(cells) & cells["gain"].notna()]
     for confidence, part in exits.groupby("confidence"):
         kept = cells[cells["confidence"].eq(confidence) | cells["decoder"].eq(FULL)]
         kept = _main_rows(kept[kept["task"].isin(part["task"])], lower=False)
@@ -140,7 +140,7 @@ def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
         for curve in curves_here:
             at, name = curve.points, label[curve.decoder, curve.rule]
             points = ax.scatter(
-                at["token_layer_ratio"],
+                at["gain"],
                 at["value"],
                 c=np.searchsorted(thresholds, at["threshold"]),
                 cmap=MAP,
@@ -150,7 +150,7 @@ def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
                 linewidths=0.4,
                 edgecolors="black",
             )
-            ax.plot(at["token_layer_ratio"], at["value"], color="0.75", linewidth=0.7, zorder=0)
+            ax.plot(at["gain"], at["value"], color="0.75", linewidth=0.7, zorder=0)
             handles[name] = Line2D([], [], color="0.4", linestyle="", marker=kinds[name])
         if math.isfinite(curves_here[0].full):
             handles[decoder_name(FULL)] = ax.axhline(
@@ -158,7 +158,7 @@ def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
             )
         ax.axvline(1, color="0.6", linewidth=0.8)
         ax.set_title(plain(task_name(task, adapter)))
-        ax.set_xlabel("token-layer ratio")
+        ax.set_xlabel("token-layer gain")
         ax.set_ylabel(plain(curves_here[0].metric))
     _colour_bar(figure, axes, points, thresholds, confidence)
     legend_below(figure, handles)

@@ -45,7 +45,8 @@ class Sweep:
 
     Attributes:
         source: The folder.
-        cells: The table, columns as in sweep.csv; texts are never missing, numbers may be NaN.
+        cells: The table, columns as in sweep.csv, but `gain` for 1 / token_layer_ratio; texts are
+            never missing, numbers may be NaN.
         n_layers: L.
         about: What sweep.json tells about the run.
         states: Files of hidden states, by task.
@@ -93,6 +94,9 @@ def read_sweep(folder: Path) -> list[Sweep]:
             raise UserError(
                 f"{path}: the column {name} holds something else than numbers ({err})."
             ) from err
+    # How many times as much the full model computes: what speed is read against.
+    share = cells.pop("token_layer_ratio")
+    cells["gain"] = 1 / share.where(share > 0)
     about = load_json(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
     states = {
         path.name.removeprefix("states_").removesuffix(".safetensors"): path

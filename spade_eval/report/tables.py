@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from spade_eval.report.sweeps import Sweep
 
 BUDGETS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0)
-"""Token-layer ratios at which decoders are compared."""
+"""Token-layer gains at which decoders are compared."""
 
 _EXIT_COLUMNS = [
     "decoder",
@@ -39,7 +39,7 @@ _EXIT_COLUMNS = [
     "± stderr",
     "- full",
     "exit layer",
-    "ratio",
+    "gain",
 ]
 _SETTING = ["layer", "threshold", "confidence", "exit_scope", "readout"]
 
@@ -119,7 +119,6 @@ def exit_tables(sweep: Sweep) -> Iterator[Table]:
             columns={
                 "stderr": "± stderr",
                 "mean_exit_layer": "exit layer",
-                "token_layer_ratio": "ratio",
             }
         )
         points = points.assign(decoder=curve.decoder, rule=curve.rule)
@@ -129,7 +128,7 @@ def exit_tables(sweep: Sweep) -> Iterator[Table]:
         yield Table(
             slug("exits", model, task, adapter, metric),
             f"{model}: {metric} of {task_name(task, adapter)} against cost, by threshold",
-            "ratio: token-layers of the full model through those of the run, tails and checks "
+            "gain: token-layers of the full model through those of the run, tails and checks "
             "counted. No threshold was chosen on these documents; whoever chooses one should do it "
             "on others.",
             pd.concat(parts, ignore_index=True),
@@ -157,7 +156,7 @@ def generalisation(sweep: Sweep) -> Iterator[Matrix]:
         rows, shown = trained[trained["decoder"] == decoder], decoder_name(decoder)
         if is_exit(rows).any():
             note = "Means over the exit rules and thresholds that all training sets have."
-            for what, label in (("value", "accuracy"), ("token_layer_ratio", "token-layer ratio")):
+            for what, label in (("value", "accuracy"), ("gain", "token-layer gain")):
                 frame = _by_training_set(rows, what)
                 yield Matrix(model, slug(decoder, what), label, f"{label} of {shown}", note, frame)
             continue
@@ -220,41 +219,41 @@ def first_layers(sweep: Sweep) -> Table:
 
 
 def equal_compute(sweep: Sweep) -> Table:
-    """Value of each decoder and exit rule at common token-layer ratios."""
+    """Value of each decoder and exit rule at common token-layer gains."""
     rows = [
         _curve_cells(adapter, task, metric, curve.decoder, curve.rule)
         | dict(zip((f"{ratio:.2f}x" for ratio in BUDGETS), curve.at_ratios(BUDGETS), strict=True))
         for adapter, task, metric, curve in curves(sweep.cells)
-        if curve.points["token_layer_ratio"].notna().any()
+        if curve.points["gain"].notna().any()
     ]
     frame = pd.DataFrame(rows)
     return Table(
         slug("equal-compute", sweep.model),
         f"{sweep.model}: value at equal compute",
-        "Columns are token-layer ratios (1.20x: the full model computes 1.2 times as much), tails "
-        "and checks counted. Between settings the line in cost, 1 / ratio, is taken, which a "
+        "Columns are token-layer gains (1.20x: the full model computes 1.2 times as much), tails "
+        "and checks counted. Between settings the line in cost, 1 / gain, is taken, which a "
         "choice by lot reaches; empty out of a decoder's reach.",
         frame.dropna(axis="columns", how="all") if rows else frame,
     )
 
 
 def speed(sweep: Sweep) -> Table:
-    """The best token-layer ratio at no loss and at one point of loss, of accuracies."""
+    """The best token-layer gain at no loss and at one point of loss, of accuracies."""
     rows = []
     for adapter, task, metric, curve in curves(sweep.cells):
-        if lower_is_better(metric) or not curve.points["token_layer_ratio"].notna().any():
+        if lower_is_better(metric) or not curve.points["gain"].notna().any():
             continue
         cells: dict[str, Any] = _curve_cells(adapter, task, metric, curve.decoder, curve.rule)
         setting = "layer" if curve.by_layer else "threshold"
         for label, loss in (("no loss", 0.0), ("1 point", 0.01)):
             point = curve.fastest(loss)
-            cells[label] = math.nan if point is None else point["token_layer_ratio"]
+            cells[label] = math.nan if point is None else point["gain"]
             cells[f"{label}, at"] = "" if point is None else f"{setting} {point[setting]:g}"
         rows.append(cells)
     return Table(
         slug("speed", sweep.model),
-        f"{sweep.model}: token-layer ratio without loss and at one point of loss",
-        "Largest ratio among the settings whose value is at most that much below the full model's. "
+        f"{sweep.model}: token-layer gain without loss and at one point of loss",
+        "Largest gain among the settings whose value is at most that much below the full model's. "
         "They are chosen on the documents that they are measured on, so these are upper bounds; "
         "empty where no setting keeps the accuracy.",
         pd.DataFrame(rows),
@@ -276,7 +275,7 @@ def leaderboard(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Table:
                     cells[f"{task} {metric}"] = score.value
                     cells[f"± {task} {metric}"] = score.stderr
         cells["exit layer"] = run.account.get("mean_exit_layer")
-        cells["ratio"] = run.account.get("implied_speedup")
+        cells["gain"] = run.account.get("implied_speedup")
         rows.append(cells)
     for sweep in sweeps:
         full = sweep.cells[sweep.cells["decoder"] == FULL]
@@ -287,7 +286,7 @@ def leaderboard(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Table:
                 cells[f"± {row.task} {row.metric}"] = row.stderr
             rows.append(cells)
     frame = pd.DataFrame(rows)
-    last = [name for name in ("exit layer", "ratio") if name in frame]
+    last = [name for name in ("exit layer", "gain") if name in frame]
     numbers = [name for name in frame if name != "run"]
     frame[numbers] = frame[numbers].astype("float64")
     frame = frame[[name for name in frame if name not in last] + last]
@@ -295,6 +294,6 @@ def leaderboard(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Table:
         "leaderboard",
         "Leaderboard",
         "Numbers of different tasks, versions or limits do not compare; `spade-eval compare` tells "
-        "two runs apart. ratio: the account's implied speed-up by token-layers.",
+        "two runs apart. gain: the account's implied speed-up by token-layers.",
         frame.dropna(axis="columns", how="all"),
     )
