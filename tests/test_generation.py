@@ -1,0 +1,350 @@
+"""Generation with exits: against transformers' own loop, against scoring, against no cache at all."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from test_exit_trace import backbone as scored_backbone
+from test_exit_trace import identity, lens_logits, maps, midways, naive_entropy
+from zoo import FAMILIES, VOCAB, random_ids, tiny
+
+from spade_eval.backbone import Backbone
+from spade_eval.backfill import Policy, Sequences
+from spade_eval.batching import collate, cut
+from spade_eval.decoders import Decoder, Linear, LogitLens, Spade, States
+from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.exits import ExitRule
+from spade_eval.generation import Generated, check, generate
+from spade_eval.scoring import Layout, Request, plan
+from spade_eval.trace import score, score_with_exits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ATOL = 1e-4
+TIE = 1e-3
+SOME = ["llama", "gpt2", "gemma3", "mistral_sliding", "bloom", "gpt_neo", "gpt_oss", "opt"]
+RAGGED = (9, 3, 7, 1)
+
+
+@functools.cache
+def backbone(family: str) -> Backbone:
+    """With room for 64 new tokens."""
+    return Backbone(tiny(family, max_position_embeddings=128))
+
+
+def prompts(lengths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random prompts, left-padded."""
+    width = max(lengths)
+    ids = random_ids(len(lengths), width, seed)
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def rule(threshold: float, **kwargs: Any) -> ExitRule:
+    return ExitRule(threshold, **({"interval": 1, "min_layer": 1, "scope": "token"} | kwargs))
+
+
+def exits(family: str, threshold: float, decoder: Decoder | None = None, **kwargs: Any) -> Policy:
+    return Policy.exits(4, decoder or Spade(), rule(threshold, **kwargs), maps(family))
+
+
+def run(family: str, policy: Policy, asked: dict[str, Any], new: int, **kwargs: Any) -> tuple[Any, Generated]:  # fmt: skip
+    one = kwargs.pop("on", None) or scored_backbone(family)
+    defaults = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
+    return generate(one, policy, **asked, **(defaults | kwargs))
+
+
+def top2_gap(logits: Any) -> float:
+    first, second = torch.as_tensor(logits).topk(2).values.tolist()
+    return float(first - second)
+
+
+# ---------------------------------------------------------------- the model itself
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_without_exits_it_is_the_models_own_greedy_decoding(family: str) -> None:
+    decodes_as_the_model(family, 64)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SOME])
+@pytest.mark.parametrize("new", [12, pytest.param(64, marks=pytest.mark.slow)])
+def test_so_it_is_in_every_family(family: str, new: int) -> None:
+    decodes_as_the_model(family, new)
+
+
+def decodes_as_the_model(family: str, new: int) -> None:
+    """Ragged prompts; a row that meets EOS is padded from there."""
+    one = backbone(family)
+    arguments = prompts(RAGGED, seed=3) | {
+        "max_new_tokens": new, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0,
+        "return_dict_in_generate": True, "output_scores": True,
+    }  # fmt: skip
+    theirs = one.model.generate(**arguments)
+    ours, happened = generate(one, Policy((4,), LogitLens()), **arguments)
+    same_text(ours, theirs)
+    for row, layers in enumerate(happened.exit_layers):
+        assert layers == [4] * len(happened.tokens[row])
+        text = ours.sequences[row, 9 : 9 + len(layers)].tolist()
+        assert text == happened.tokens[row]
+        assert 2 not in text[:-1]
+
+
+def same_text(ours: Any, theirs: Any) -> None:
+    """Equal up to a tie, after which texts go different ways."""
+    for row in range(len(theirs.sequences)):
+        a, b = ours.sequences[row].tolist(), theirs.sequences[row].tolist()
+        first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+        if first is None:
+            continue
+        step = first - (len(b) - len(theirs.scores))
+        assert top2_gap(theirs.scores[step][row]) < TIE
+        assert step > 8, "nothing was compared"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bloom"])
+def test_one_prompt_without_a_mask(family: str) -> None:
+    one = backbone(family)
+    arguments = {
+        "input_ids": random_ids(1, 7, 5), "max_new_tokens": 64, "do_sample": False,
+        "pad_token_id": 0, "return_dict_in_generate": True, "output_scores": True, "output_logits": True,
+    }  # fmt: skip
+    theirs = one.model.generate(**arguments)
+    ours, _ = generate(one, Policy((4,), LogitLens()), **arguments)
+    same_text(ours, theirs)
+    for name in ("scores", "logits"):
+        a, b = (torch.stack(getattr(out, name)[:16]) for out in (ours, theirs))
+        torch.testing.assert_close(a, b, atol=ATOL, rtol=ATOL)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@torch.no_grad()
+def forced(family: str, policy: Policy, asked: list[Request]) -> dict[tuple[int, int], tuple[int, bool]]:  # fmt: skip
+    """Texts that scoring is given whole: layer and greedy flag by request and position."""
+    one = scored_backbone(family)
+    layout = Layout(64, False, None, 400.0, len(asked))
+    (batch,) = [collate(some) for some in cut(plan(asked, layout).rows, len(asked))]
+    if policy.rule is None:
+        layers = np.full(len(batch.read_at), policy.stops[-1])
+        greedy = score(one, batch, policy.decoder, policy.stops[-1]).greedy
+    else:
+        assert policy.lens is not None
+        (trace,) = score_with_exits(one, [batch], policy.decoder, policy.lens, policy.rule, {})
+        layers = trace.exit_layers[trace.decisions.member_of][trace.decisions.read_from]
+        greedy = trace.answers.greedy
+    positions = batch.scored_positions[batch.read_at].tolist()
+    keys = zip(batch.requests.tolist(), positions, strict=True)
+    return dict(zip(keys, zip(layers.tolist(), greedy, strict=True), strict=True))
+
+
+@torch.no_grad()
+def naive_answer(family: str, policy: Policy, ids: list[int], layer: int) -> torch.Tensor:
+    """What the decoder says follows a sequence, from its state at a layer, (V,)."""
+    one = scored_backbone(family)
+    h = one.hidden_states(torch.tensor([ids]))[layer][:, -1]
+    states = States(h, layer, torch.tensor(ids[-1:]), torch.tensor(ids[:1]), torch.tensor([len(ids) - 1]))  # fmt: skip
+    return one.logits(policy.decoder.align(one, states))[0]
+
+
+def agrees_with_scoring(family: str, policy: Policy, asked: dict[str, Any], happened: Generated) -> Counter[int]:  # fmt: skip
+    """Every token and exit layer is what scoring says of the text; returns how many exited where."""
+    width = asked["input_ids"].shape[1]
+    seen: Counter[int] = Counter()
+    texts = [
+        Request(tuple(asked["input_ids"][row, width - length :].tolist()), tuple(new))
+        for row, (length, new) in enumerate(zip(happened.prompt_lengths, happened.tokens, strict=True))
+    ]  # fmt: skip
+    scored = forced(family, policy, texts)
+    for row, text in enumerate(texts):
+        for i, layer in enumerate(happened.exit_layers[row]):
+            ids = text.context + text.continuation[:i]
+            expected, greedy = scored[row, len(ids) - 1]
+            if layer != expected:  # allowed where a confidence lies at the threshold
+                assert policy.rule is not None
+                assert policy.lens is not None
+                values = naive_entropy(lens_logits(Request(ids, (3,)), family, policy.lens)[:, -1])
+                assert np.abs(values - policy.rule.threshold).min() < ATOL
+            elif not greedy:
+                assert top2_gap(naive_answer(family, policy, list(ids), layer)) < TIE
+            seen[layer] += 1
+    return seen
+
+
+lengths = st.lists(st.integers(1, 8), min_size=1, max_size=3).map(tuple)
+
+
+@given(
+    st.sampled_from(SOME),
+    lengths,
+    st.integers(0, 10**6),
+    st.floats(0.3, 4.2),
+    st.sampled_from(["spade", "lens"]),
+    st.integers(1, 6),
+)
+def test_tokens_and_exits_are_those_of_scoring(
+    family: str, lengths: tuple[int, ...], seed: int, threshold: float, readout: str, new: int
+) -> None:
+    decoder = Spade() if readout == "spade" else Linear(maps(family))
+    policy = exits(family, threshold, decoder)
+    asked = prompts(lengths, seed)
+    _, happened = run(family, policy, asked, new)
+    agrees_with_scoring(family, policy, asked, happened)
+
+
+@functools.cache
+def thresholds(family: str) -> tuple[float, ...]:
+    """Between the entropies that this lens shows on some text."""
+    asked = prompts(RAGGED, 1)
+    found: list[float] = []
+    for ids, length in zip(asked["input_ids"].tolist(), RAGGED, strict=True):
+        request = Request(tuple(ids[9 - length :]), (3,))
+        found += naive_entropy(lens_logits(request, family, maps(family))).ravel().tolist()
+    return tuple(midways(found, 3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_exits_as_in_scoring(family: str) -> None:
+    seen: Counter[int] = Counter()
+    asked = prompts(RAGGED, 1)
+    for threshold in thresholds(family):
+        policy = exits(family, threshold)
+        _, happened = run(family, policy, asked, 8)
+        seen += agrees_with_scoring(family, policy, asked, happened)
+    assert len(seen) > 2, "the thresholds are to spread the exits"
+    assert seen[4] < seen.total()
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_fixed_layer_is_that_of_scoring(family: str, layer: int) -> None:
+    asked = prompts(RAGGED, 2)
+    readers = [LogitLens(), Spade(), Spade(positions="keep"), Spade(start="none"), Linear(maps(family))]  # fmt: skip
+    for decoder in readers:
+        policy = Policy((layer,), decoder)
+        _, happened = run(family, policy, asked, 6)
+        assert agrees_with_scoring(family, policy, asked, happened) == {layer: 24}
+
+
+# ---------------------------------------------------------------- no cache
+
+
+@torch.no_grad()
+def without_cache(family: str, policy: Policy, prompt: list[int], new: int) -> tuple[list[int], list[int]]:  # fmt: skip
+    """The same policy, everything computed anew at every step; stops before a close call."""
+    one, ids = scored_backbone(family), list(prompt)
+    assert policy.rule is not None
+    assert policy.lens is not None
+    layers: list[int] = []
+    for _ in range(new):
+        states = one.hidden_states(torch.tensor([ids]))
+        layer = 4
+        for candidate in policy.stops[:-1]:
+            logits = one.logits(policy.lens(states[candidate][:, -1], candidate))
+            value = float(naive_entropy(logits.double().numpy())[0])
+            if abs(value - policy.rule.threshold) < ATOL:
+                return ids[len(prompt) :], layers
+            if value <= policy.rule.threshold and len(ids) > 1:
+                layer = candidate
+                break
+        logits = naive_answer(family, policy, ids, layer)
+        if top2_gap(logits) < TIE:
+            break
+        ids.append(int(logits.argmax()))
+        layers.append(layer)
+    return ids[len(prompt) :], layers
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_cache_changes_nothing(family: str) -> None:
+    seen: Counter[int] = Counter()
+    for threshold in thresholds(family):
+        policy = exits(family, threshold)
+        asked = prompts(RAGGED, 4)
+        _, happened = run(family, policy, asked, 10)
+        for row, length in enumerate(RAGGED):
+            prompt = asked["input_ids"][row, 9 - length :].tolist()
+            tokens, layers = without_cache(family, policy, prompt, 10)
+            assert happened.tokens[row][: len(tokens)] == tokens
+            assert happened.exit_layers[row][: len(layers)] == layers
+            seen.update(layers)
+    assert len(seen) > 1
+    assert seen.total() > 60
+
+
+# ---------------------------------------------------------------- caches
+
+
+def held(sequences: Sequences, row: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that a layer, from 1, holds of a row's tokens: (heads, T, width)."""
+    stop = int(np.searchsorted(sequences.policy.stops, layer))
+    first, end = int(sequences._first[row]), int(sequences._ends[stop, row])
+    keys, values = (c._data for c in sequences._keys._layers[layer - 1]._columns)
+    if keys is None or values is None:
+        return torch.zeros(0, 0, 0), torch.zeros(0, 0, 0)
+    return keys[row, :, first:end], values[row, :, first:end]
+
+
+@pytest.mark.parametrize("family", SOME)
+@torch.no_grad()
+def test_caches_hold_beginnings_and_one_deep_token_completes_them(family: str) -> None:
+    one, missing = scored_backbone(family), 0
+    for threshold in thresholds(family):
+        policy = exits(family, threshold)
+        asked = prompts(RAGGED, 6)
+        ids = asked["input_ids"]
+        sequences = Sequences(one, policy, np.array(RAGGED))
+        for _ in range(8):
+            chosen = sequences.step(ids).logits.argmax(-1)
+            for row in range(4):
+                cached = [held(sequences, row, layer)[0].shape[1] for layer in range(1, 5)]
+                assert cached == sorted(cached, reverse=True)
+                assert cached[0] == RAGGED[row] + ids.shape[1] - 9
+                missing += cached[0] - cached[-1]
+            ids = torch.cat([ids, chosen[:, None]], 1)
+        sequences.policy = replace(policy, rule=rule(-1.0))
+        sequences.step(ids)
+        for row, length in enumerate(RAGGED):
+            cache = transformers.DynamicCache()
+            whole = ids[row : row + 1, 9 - length :]
+            one.advance(one.embed(whole, cache=cache), 4)
+            for layer in range(1, 5):
+                keys, values = held(sequences, row, layer)
+                torch.testing.assert_close(keys, cache.layers[layer - 1].keys[0], atol=ATOL, rtol=0)
+                torch.testing.assert_close(values, cache.layers[layer - 1].values[0], atol=ATOL, rtol=0)  # fmt: skip
+    assert missing > 20
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_batch_is_its_rows(family: str) -> None:
+    asked = prompts(RAGGED, 7)
+    for threshold in thresholds(family):
+        policy = exits(family, threshold)
+        _, together = run(family, policy, asked, 12)
+        for row, length in enumerate(RAGGED):
+            one = {"input_ids": asked["input_ids"][row : row + 1, 9 - length :]}
+            _, alone = run(family, policy, one, 12)
+            first = next(
+                (i for i, pair in enumerate(zip(alone.tokens[0], together.tokens[row], strict=True)) if len({*pair}) > 1),
+                12,
+            )  # fmt: skip
+            if first < 12:
+                ids = one["input_ids"][0].tolist() + alone.tokens[0][:first]
+                gap = top2_gap(naive_answer(family, policy, ids, alone.exit_layers[0][first]))
+                assert gap < TIE
+            assert alone.exit_layers[0][:first] == together.exit_layers[row][:first]
