@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from spade_eval.caches import Columns, KeyValues, Span
 from spade_eval.decoders import Decoder, LogitLens, States
+from spade_eval.errors import UserError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Ints
     from spade_eval.exits import ExitRule
@@ -60,7 +62,15 @@ class Policy:
             decoder: What answers after an exit.
             rule: Threshold and candidate layers.
             lens: The maps.
+
+        Raises:
+            UserError: The rule's confidence needs answer choices.
         """
+        if rule.confidence == "choice_entropy":
+            raise UserError(
+                "confidence=choice_entropy needs answer choices, and generated text has none. Use "
+                "confidence=entropy."
+            )
         if rule.never:
             return cls((n_layers,), LogitLens())
         candidates = rule.candidates(n_layers, lens.available)
@@ -168,7 +178,8 @@ class Sequences:
         at = torch.from_numpy(rows)
         self.origin, self._first = self.origin[rows], self._first[rows]
         self._ends = self._ends[:, rows]
-        for columns in (self._keys, *self._states):
+        self._keys.keep(at)
+        for columns in self._states:
             columns.keep(at)
 
     # ------------------------------------------------------------------ inside

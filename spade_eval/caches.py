@@ -12,10 +12,12 @@ columns without a hole, as attention windows, which count columns, need it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOM = 128  # columns that a buffer gains at once: growing copies it
 

@@ -21,13 +21,15 @@ from transformers import StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from spade_eval import checks
-from spade_eval.backfill import Policy, Sequences, Work
+from spade_eval.backfill import Policy, Sequences, Step, Work
 from spade_eval.decoders import LogitLens
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.exits import ExitRule
 from spade_eval.lens import LinearLens
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import GenerationConfig
 
     from spade_eval.backbone import Backbone
@@ -75,6 +77,14 @@ class Generated:
     prompt_lengths: Ints
     work: Work
 
+    def add(self, rows: Ints, tokens: Tensor, step: Step) -> None:
+        """Note the tokens, (B',), that a step gave to some rows, (B',)."""
+        news = zip(tokens.tolist(), step.layers.tolist(), step.confidence.tolist(), strict=True)
+        for row, (token, layer, value) in zip(rows.tolist(), news, strict=True):
+            self.tokens[row].append(token)
+            self.exit_layers[row].append(layer)
+            self.confidence[row].append(value)
+
 
 def generate(
     backbone: Backbone, policy: Policy, window: int | None = None, **kwargs: Any
@@ -94,8 +104,7 @@ def generate(
         UserError: An argument that this loop does not honour, an empty or right-padded prompt, or
             one that is too long.
     """
-    for name, value in kwargs.items():
-        _refuse(name, value)
+    refuse(kwargs)
     tokenizer, strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
     if strings is not None:
         # transformers keeps the tokenizer, which they need, from loops that are not its own.
@@ -109,6 +118,23 @@ def generate(
     return output, loop.generated
 
 
+def refuse(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of `generate` that ask for what the loop does not do.
+
+    Raises:
+        UserError: Names the argument.
+    """
+    for name, value in arguments.items():
+        if name not in REFUSED or any(value is ok or value == ok for ok in REFUSED[name]):
+            continue
+        shown = value if isinstance(value, (int, float, str)) else type(value).__name__
+        raise UserError(
+            f"{name}={shown}: generation with exits is greedy or samples, token by token and with "
+            f"caches of its own. Leave {name} out, or generate with the model itself (--model hf)."
+        )
+
+
+@torch.no_grad()
 def check(backbone: Backbone) -> None:
     """Make sure that this model's keys and values can be filled in late.
 
@@ -167,19 +193,15 @@ class _Loop:
         **kwargs: Any,  # transformers hands over what it shares with its own loop by these alone
     ) -> Any:
         """Decode until every row has finished; what transformers calls in place of its own loop."""
-        for name in REFUSED:
-            _refuse(name, getattr(generation_config, name, None))
+        config = generation_config
+        refuse({name: getattr(config, name, None) for name in REFUSED})
         lengths = _lengths(input_ids, kwargs.get("attention_mask"))
-        self._fits(lengths, generation_config.max_length - input_ids.shape[1])
+        self._fits(lengths, config.max_length - input_ids.shape[1])
         sequences = Sequences(self.backbone, self.policy, lengths)
-        rows, width = input_ids.shape
-        pad = generation_config._pad_token_tensor
-        keeps = generation_config.return_dict_in_generate
-        scores: list[Tensor] = []
-        raw: list[Tensor] = []
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        layers: list[list[int]] = [[] for _ in range(rows)]
-        confidence: list[list[float]] = [[] for _ in range(rows)]
+        rows, pad = len(input_ids), config._pad_token_tensor
+        self.generated = Generated(*_empty(rows), lengths, sequences.work)
+        scores: tuple[Tensor, ...] = ()
+        raw: tuple[Tensor, ...] = ()
         unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
         while unfinished.any():
             at = torch.from_numpy(sequences.origin).to(input_ids.device)
@@ -188,12 +210,11 @@ class _Loop:
             # Processors and the sampler see all rows, as in transformers' own loop.
             logits = found.new_zeros(rows, found.shape[-1]).index_copy_(0, at, found)
             processed = logits_processor(input_ids, logits)  # (B, V)
-            if keeps and generation_config.output_scores:
-                scores.append(processed)
-            if keeps and generation_config.output_logits:
-                raw.append(logits)
-            if generation_config.do_sample:
-                chosen = torch.multinomial(processed.softmax(-1), num_samples=1)[:, 0]
+            if config.return_dict_in_generate:
+                scores += (processed,) * bool(config.output_scores)
+                raw += (logits,) * bool(config.output_logits)
+            if config.do_sample:
+                chosen = torch.multinomial(processed.softmax(-1), num_samples=1)[:, 0]  # (B,)
             else:
                 chosen = processed.argmax(-1)
             if pad is not None:
@@ -201,24 +222,17 @@ class _Loop:
             input_ids = torch.cat([input_ids, chosen[:, None]], -1)
             if self.streamer is not None:
                 self.streamer.put(chosen.cpu())
-            for row, token, layer, value in zip(
-                sequences.origin.tolist(), chosen[at].tolist(), step.layers.tolist(), step.confidence.tolist(), strict=True,
-            ):  # fmt: skip
-                tokens[row].append(token)
-                layers[row].append(layer)
-                confidence[row].append(value)
-            unfinished = unfinished & ~stopping_criteria(input_ids, tuple(scores) or None)
-            if pad is not None or not unfinished.any():
-                still = np.flatnonzero(unfinished[at].cpu().numpy())
-                if 0 < len(still) < len(at):
-                    sequences.keep(still)
+            self.generated.add(sequences.origin, chosen[at], step)
+            unfinished = unfinished & ~stopping_criteria(input_ids, scores or None)
+            still = unfinished[at].cpu().numpy()
+            if pad is not None and still.any() and not still.all():
+                sequences.keep(np.flatnonzero(still))
         if self.streamer is not None:
             self.streamer.end()
-        self.generated = Generated(tokens, layers, confidence, lengths, sequences.work)
-        if not keeps:
+        if not config.return_dict_in_generate:
             return input_ids
         return GenerateDecoderOnlyOutput(
-            sequences=input_ids, scores=tuple(scores) or None, logits=tuple(raw) or None
+            sequences=input_ids, scores=scores or None, logits=raw or None
         )
 
     def _fits(self, lengths: Ints, new: int) -> None:
@@ -231,14 +245,9 @@ class _Loop:
             )
 
 
-def _refuse(name: str, value: Any) -> None:
-    """Refuse an argument that asks for what the loop does not do."""
-    if name in REFUSED and not any(value is ok or value == ok for ok in REFUSED[name]):
-        raise UserError(
-            f"{name}={value if isinstance(value, (int, float, str)) else '...'}: generation with "
-            "exits is greedy or samples, one sequence at a time, with its own cache; leave "
-            f"{name} out, or generate with the model itself (--model hf)."
-        )
+def _empty(rows: int) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+    """Lists for tokens, layers and confidences of each row."""
+    return [[] for _ in range(rows)], [[] for _ in range(rows)], [[] for _ in range(rows)]
 
 
 def _lengths(input_ids: Tensor, attention_mask: Tensor | None) -> Ints:

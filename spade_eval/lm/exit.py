@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spade_eval.backfill import Policy
 from spade_eval.cost import Prices
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
@@ -119,6 +120,11 @@ class SpadeExitLM(SpadeLM):
         return Prices(self.backbone.n_layers, head, map_ + asked)
 
     # ------------------------------------------------------------------ requests
+
+    decides = True
+
+    def _policy(self) -> Policy:
+        return Policy.exits(self.backbone.n_layers, self.decoder, self.rule, self.lens)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As in `SpadeLM`; every token decides for itself."""
