@@ -247,10 +247,13 @@ class Account:
         """
         work, new = run.work, np.array([len(tokens) for tokens in run.tokens])
         alone = run.prompt_lengths == 1  # the first token is read at position 0
+        fed = run.prompt_lengths + new - 1  # the last token is not
+        self.padding += int((run.prompt_lengths.max() - run.prompt_lengths).sum())
+        self.tokens_hf += int(fed.sum())
         self._by_task(
             source,
             requests,
-            tokens=run.prompt_lengths + new - 1,  # the last token is not fed
+            tokens=fed,
             generated_tokens=new,
             positions_scored=new,
             first_positions=alone.astype(int),

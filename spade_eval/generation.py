@@ -138,15 +138,15 @@ def refuse(arguments: Mapping[str, Any]) -> None:
 def check(backbone: Backbone) -> None:
     """Make sure that this model's keys and values can be filled in late.
 
-    Two left-padded rows exit half-way twice; the token after that takes everything to the last
-    layer, where its logits must be the model's own.
+    Two left-padded rows exit half-way twice; the next token takes everything to the last layer, and
+    one more follows it there. The logits of these two must be the model's own.
 
     Raises:
         UnsupportedModelError: They are not, or the model keeps no cache that ours can stand in for.
     """
     n_layers = backbone.n_layers
-    ids = checks.probe_ids(backbone)[:, [0, 1, 2, 1, 0]]
-    rows = torch.cat([ids, ids.roll(1, 1)])  # (2, 5); the second begins behind padding
+    ids = checks.probe_ids(backbone)[:, [0, 1, 2, 1, 0, 2]]
+    rows = torch.cat([ids, ids.roll(1, 1)])  # (2, 6); the second begins behind padding
     lens = LinearLens.identity(n_layers, backbone.width)
     always = Policy((n_layers // 2, n_layers), LogitLens(), ExitRule(math.inf), lens)
     try:
@@ -154,8 +154,14 @@ def check(backbone: Backbone) -> None:
         for end in (3, 4):
             sequences.step(rows[:, :end])
         sequences.policy = replace(always, rule=ExitRule(-1.0))
-        ours = sequences.step(rows).logits
-        theirs = torch.cat([_full_depth(backbone, row) for row in (rows[:1], rows[1:, 1:])])
+        ours = torch.cat([sequences.step(rows[:, :end]).logits for end in (5, 6)])
+        theirs = torch.cat(
+            [
+                _full_depth(backbone, row)
+                for end in (5, 6)
+                for row in (rows[:1, :end], rows[1:, 1:end])
+            ]
+        )
         error, bound = checks.distance(ours, theirs), checks.tolerance(theirs)
         found = f"relative difference {error:.2g}, allowed {bound:.2g}"
         cause = None

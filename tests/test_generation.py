@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -16,8 +14,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_exit_trace import backbone as scored_backbone
-from test_exit_trace import identity, lens_logits, maps, midways, naive_entropy
-from zoo import FAMILIES, VOCAB, random_ids, tiny
+from test_exit_trace import lens_logits, maps, midways, naive_entropy
+from zoo import FAMILIES, random_ids, tiny
 
 from spade_eval.backbone import Backbone
 from spade_eval.backfill import Policy, Sequences
@@ -60,9 +58,8 @@ def exits(family: str, threshold: float, decoder: Decoder | None = None, **kwarg
 
 
 def run(family: str, policy: Policy, asked: dict[str, Any], new: int, **kwargs: Any) -> tuple[Any, Generated]:  # fmt: skip
-    one = kwargs.pop("on", None) or scored_backbone(family)
     defaults = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
-    return generate(one, policy, **asked, **(defaults | kwargs))
+    return generate(scored_backbone(family), policy, **asked, **(defaults | kwargs))
 
 
 def top2_gap(logits: Any) -> float:
@@ -348,3 +345,238 @@ def test_a_batch_is_its_rows(family: str) -> None:
                 gap = top2_gap(naive_answer(family, policy, ids, alone.exit_layers[0][first]))
                 assert gap < TIE
             assert alone.exit_layers[0][:first] == together.exit_layers[row][:first]
+
+
+# ---------------------------------------------------------------- what transformers prepares
+
+
+class Rows(transformers.StoppingCriteria):
+    """Stops each row after so many new tokens."""
+
+    def __init__(self, *new: int):
+        self.ends = torch.tensor(new) + 9
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids.shape[1] >= self.ends
+
+
+class Heard:
+    """A streamer."""
+
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.parts.append(value if value.ndim == 2 else value[:, None])
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+        {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"suppress_tokens": [5, 6, 7], "min_new_tokens": 20},
+    ],
+    ids=["top_p", "top_k", "penalty", "suppress"],
+)
+def test_processors_and_the_sampler_are_those_of_transformers(arguments: dict[str, Any]) -> None:
+    """With the same seed the same samples, also after rows have met EOS (many tokens are one)."""
+    one = scored_backbone("llama")
+    asked = prompts(RAGGED, 8) | arguments | {"max_new_tokens": 24, "eos_token_id": [*range(3, 13)], "pad_token_id": 0}  # fmt: skip
+    torch.manual_seed(1)
+    theirs = one.model.generate(**asked)
+    torch.manual_seed(1)
+    ours, happened = generate(one, Policy((4,), LogitLens()), **asked)
+    assert torch.equal(ours, theirs)
+    if "min_new_tokens" not in arguments:
+        assert len({len(tokens) for tokens in happened.tokens}) > 1
+
+
+def test_a_streamer_hears_the_prompts_and_every_token() -> None:
+    heard = Heard()
+    ids, _ = run("llama", exits("llama", 2.0), prompts(RAGGED, 9), 6, streamer=heard)
+    assert torch.equal(torch.cat(heard.parts, 1), ids)
+    assert (len(heard.parts), heard.ended) == (7, 1)
+
+
+def test_stop_strings_need_only_the_tokenizer() -> None:
+    from zoo import BYTES, byte_tokenizer
+
+    one = Backbone(tiny("llama", vocab_size=BYTES))
+    asked = {
+        "input_ids": random_ids(2, 6, 3), "attention_mask": torch.ones(2, 6, dtype=torch.long),
+        "do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": 2,
+    }  # fmt: skip
+    free, _ = generate(one, Policy((4,), LogitLens()), **asked)
+    tokenizer = byte_tokenizer()
+    stop = tokenizer.decode(free[0, 10:11])
+    cut, happened = generate(
+        one, Policy((4,), LogitLens()), **asked, tokenizer=tokenizer, stop_strings=[stop]
+    )
+    theirs = one.model.generate(**asked, tokenizer=tokenizer, stop_strings=[stop])
+    assert torch.equal(cut, theirs)
+    assert len(happened.tokens[0]) <= 5
+    with pytest.raises(UserError, match=r"stop_strings=.*needs tokenizer="):
+        generate(one, Policy((4,), LogitLens()), **asked, stop_strings=[stop])
+
+
+# ---------------------------------------------------------------- cost
+
+
+def watched(family: str) -> tuple[dict[int, int], list[Any]]:
+    """Counts the tokens that each layer, from 1, sees, padding included."""
+    seen = dict.fromkeys(range(1, 5), 0)
+
+    def see(layer: int, out: Any) -> None:
+        h = out[0] if isinstance(out, tuple) else out
+        seen[layer] += h.shape[0] * h.shape[1]
+
+    modules = scored_backbone(family)._layers
+    return seen, [
+        module.register_forward_hook(lambda _m, _a, out, n=n: see(n, out))
+        for n, module in enumerate(modules, 1)
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_work_is_what_the_layers_saw(family: str) -> None:
+    """A single row has no padding; the tail's tokens go through the same layers."""
+    asked = {"input_ids": random_ids(1, 7, 11)}
+    late = 0
+    for threshold in thresholds(family):
+        policy = exits(family, threshold)
+        run(family, policy, asked, 12)  # the start token is known from here on
+        seen, handles = watched(family)
+        _, happened = run(family, policy, asked, 12)
+        for handle in handles:
+            handle.remove()
+        work, layers = happened.work, happened.exit_layers[0]
+        assert sum(seen.values()) == sum(
+            int(part[0]) for part in (work.prompt, work.decode, work.backfilled, work.tail)
+        )
+        assert work.prompt[0] == 7 * layers[0]
+        assert work.decode[0] == sum(layers[1:])
+        assert work.tail[0] == sum(4 - layer for layer in layers)
+        # Every token has climbed as far as the deepest after it.
+        depths = [max(layers[i:]) for i in range(12)]
+        assert work.prompt[0] + work.decode[0] + work.backfilled[0] == 7 * depths[0] + sum(depths[1:])  # fmt: skip
+        # A check at each candidate that a token passed or left at.
+        assert work.checks[0] == sum(min(layer, 3) for layer in layers)
+        late += int(work.backfilled[0])
+    assert late > 0
+
+
+def test_no_layer_above_a_fixed_one_sees_the_prompt() -> None:
+    seen, handles = watched("llama")
+    _, happened = run("llama", Policy((2,), LogitLens()), prompts((9, 9), 3), 5)
+    for handle in handles:
+        handle.remove()
+    assert seen == {1: 26, 2: 26, 3: 0, 4: 0}
+    assert happened.work.prompt.tolist() == [18, 18]
+
+
+def test_rows_that_have_finished_cost_nothing() -> None:
+    asked = prompts((9, 9, 9), 12)
+    policy = exits("llama", 2.0)
+    criteria = transformers.StoppingCriteriaList([Rows(2, 10, 4)])
+    seen, handles = watched("llama")
+    ids, happened = run("llama", policy, asked, 20, stopping_criteria=criteria)
+    for handle in handles:
+        handle.remove()
+    assert [len(tokens) for tokens in happened.tokens] == [2, 10, 4]
+    assert ids.shape == (3, 19)
+    assert not ids[0, 11:].any()
+    assert seen[1] - 27 - 13 <= 1  # prompts, then 1 + 9 + 3 tokens; a start token perhaps
+    for row, new in enumerate((2, 10, 4)):
+        _, alone = run("llama", policy, {"input_ids": asked["input_ids"][row : row + 1]}, new)
+        assert alone.tokens[0] == happened.tokens[row]
+        for name in ("prompt", "decode", "backfilled", "tail", "checks"):
+            assert getattr(alone.work, name)[0] == getattr(happened.work, name)[row]
+
+
+def test_thresholds_that_nothing_meets_make_no_check() -> None:
+    _, happened = run("llama", exits("llama", -1.0), prompts(RAGGED, 3), 5)
+    assert not happened.work.checks.any()
+    assert not happened.work.tail.any()
+    everywhere = {layer for layers in happened.exit_layers for layer in layers}
+    assert everywhere == {4}
+    _, happened = run("llama", exits("llama", float("inf")), prompts(RAGGED[:3], 3), 5)
+    assert {layer for layers in happened.exit_layers for layer in layers} == {1}
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
+        ({"assistant_model": torch.nn.Linear(1, 1)}, "assistant_model=Linear"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+        ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
+        ({"past_key_values": transformers.DynamicCache()}, "past_key_values=DynamicCache"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32)}, "inputs_embeds=Tensor"),
+        ({"output_hidden_states": True}, "output_hidden_states=True"),
+        ({"generation_config": transformers.GenerationConfig(num_beams=2, max_new_tokens=3)}, "num_beams=2"),
+    ],
+)  # fmt: skip
+def test_what_the_loop_does_not_do_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run("llama", exits("llama", 2.0), prompts((3,)), 4, **arguments)
+
+
+def test_prompts_that_cannot_be_continued_are_named() -> None:
+    policy = exits("llama", 2.0)
+    empty = {"input_ids": random_ids(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}
+    with pytest.raises(UserError, match="Prompt 1 is empty"):
+        run("llama", policy, empty, 4)
+    with pytest.raises(UserError, match="Prompt 0 is empty"):
+        run("llama", policy, {"input_ids": torch.zeros(1, 0, dtype=torch.long)}, 4)
+    right = {"input_ids": random_ids(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    with pytest.raises(UserError, match=r"prompt 1 has padding behind its tokens.*padding_side"):
+        run("llama", policy, right, 4)
+    with pytest.raises(UserError, match=r"60 tokens and up to 5 are to follow.*takes 64"):
+        generate(
+            scored_backbone("llama"), policy, 64, input_ids=random_ids(1, 60), max_new_tokens=5
+        )
+    generate(scored_backbone("llama"), policy, 64, input_ids=random_ids(1, 59), max_new_tokens=5)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        run("llama", policy, prompts((3,)), 0)
+
+
+def test_generated_text_has_no_choices() -> None:
+    with pytest.raises(UserError, match="choice_entropy needs answer choices"):
+        exits("llama", 1.0, confidence="choice_entropy", scope="context")
+
+
+class Broken(torch.nn.Module):
+    """A layer that attends to the tokens at hand and forgets the cache."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("cache")
+        if cache is not None and cache.get_seq_length() > 1:
+            kwargs |= {"cache": None, "attention_mask": None}
+        return self.layer(*args, **kwargs)
+
+
+def test_a_model_that_cannot_be_filled_in_late_is_refused_for_generation_only() -> None:
+    config = tiny("llama").config
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.model.layers[2] = Broken(model.model.layers[2])
+    one = Backbone(model)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM cannot generate with exits"):
+        check(one)
+    one._cache_name = None
+    with pytest.raises(UnsupportedModelError, match="keeps no key/value cache"):
+        check(one)
