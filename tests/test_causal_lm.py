@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_lm import model
 from test_lm_exit import lens, lens_of_another_model
+from transformers import AutoTokenizer
 from zoo import byte_tokenizer, random_ids, tiny
 
 import spade_eval
@@ -105,26 +106,43 @@ PROMPTS = [
 ]
 
 
-def default_model(threshold: float) -> Any:
-    return SpadeExitForCausalLM.from_pretrained(threshold=threshold, dtype=torch.float32)
+@pytest.fixture(scope="module")
+def default_model(default_model_dir: Path) -> SpadeExitForCausalLM:
+    """With exits."""
+    return SpadeExitForCausalLM.from_pretrained(threshold=3.0, dtype=torch.float32)
 
 
-@pytest.mark.usefixtures("default_model_dir")
-def test_the_default_model_on_real_prompts(default_model_dir: Path) -> None:
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="module")
+def tokenizer(default_model_dir: Path) -> Any:
+    return AutoTokenizer.from_pretrained(default_model_dir, padding_side="left")
 
-    tokenizer = AutoTokenizer.from_pretrained(default_model_dir)
-    tokenizer.padding_side = "left"
-    loaded = default_model(-1.0)
-    for texts in (PROMPTS, PROMPTS[:1]):
-        asked = tokenizer(texts, padding=True, return_tensors="pt")
-        arguments = {**asked, "max_new_tokens": 64 if len(texts) == 4 else 24, "do_sample": False}
-        ids = loaded.generate(**arguments)
-        assert ids.tolist() == loaded.model.generate(**arguments).tolist()
 
-    exits = SpadeExitForCausalLM(loaded.model, threshold=3.0, lens=spade_eval_lens())
+@pytest.mark.parametrize(
+    ("texts", "new"),
+    [
+        (PROMPTS, 8),
+        pytest.param(PROMPTS, 64, marks=pytest.mark.slow),
+        pytest.param(PROMPTS[:1], 64, marks=pytest.mark.slow),
+    ],
+    ids=["4-8", "4-64", "1-64"],
+)
+def test_the_default_model_without_exits_is_itself(
+    default_model: SpadeExitForCausalLM, tokenizer: Any, texts: list[str], new: int
+) -> None:
+    loaded = SpadeExitForCausalLM(default_model.model, threshold=-1, lens="identity")
+    asked = tokenizer(texts, padding=True, return_tensors="pt")
+    ids = loaded.generate(**asked, max_new_tokens=new, do_sample=False)
+    theirs = loaded.model.generate(**asked, max_new_tokens=new, do_sample=False)
+    assert ids.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("new", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_default_model_exits_as_in_scoring(
+    default_model: SpadeExitForCausalLM, tokenizer: Any, new: int
+) -> None:
+    exits = default_model
     asked = tokenizer(PROMPTS, padding=True, return_tensors="pt")
-    exits.generate(**asked, max_new_tokens=16, do_sample=False)
+    exits.generate(**asked, max_new_tokens=new, do_sample=False)
     run, policy = exits.last_run, exits.policy
     assert run is not None
     assert policy.rule is not None
@@ -142,9 +160,3 @@ def test_the_default_model_on_real_prompts(default_model_dir: Path) -> None:
             assert all(trace.answers.greedy)
             seen.update(layers)
     assert len(seen) > 3
-
-
-def spade_eval_lens() -> Path:
-    from spade_eval.lm.lenses import DEFAULT_LENS
-
-    return DEFAULT_LENS
