@@ -238,8 +238,9 @@ class SpadeLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts, each read from the layers that scoring would read them from."""
+        policy = self.policy  # its check is no part of the requests' time
         with self._accounting(requests):
-            return generation.generate_until(self, requests, self.policy, disable_tqdm)
+            return generation.generate_until(self, requests, policy, disable_tqdm)
 
     def count_generated(self, run: Generated, requests: Ints) -> None:
         """Add the texts that were generated for some requests, (B,), to the account."""
