@@ -6,13 +6,13 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from spade_eval.backbone import Backbone
-from spade_eval.backfill import Policy
 from spade_eval.decoders import Decoder, Linear, Positions, Spade
 from spade_eval.default_model import default_model_path
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule, Name, Readout
 from spade_eval.generation import Generated, check, generate
 from spade_eval.lm import lenses
+from spade_eval.policy import Policy
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,11 +21,12 @@ from transformers import StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from spade_eval import checks
-from spade_eval.backfill import Policy, Sequences, Step, Work
+from spade_eval.backfill import Sequences, Step, Work
 from spade_eval.decoders import LogitLens
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.exits import ExitRule
 from spade_eval.lens import LinearLens
+from spade_eval.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,17 +13,19 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from test_exit_trace import backbone as scored_backbone
 from test_exit_trace import lens_logits, maps, midways, naive_entropy
 from zoo import FAMILIES, random_ids, tiny
 
 from spade_eval.backbone import Backbone
-from spade_eval.backfill import Policy, Sequences
+from spade_eval.backfill import Sequences
 from spade_eval.batching import collate, cut
 from spade_eval.decoders import Decoder, Linear, LogitLens, Spade, States
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.exits import ExitRule
 from spade_eval.generation import Generated, check, generate
+from spade_eval.policy import Policy
 from spade_eval.scoring import Layout, Request, plan
 from spade_eval.trace import score, score_with_exits
 
@@ -123,6 +125,18 @@ def test_one_prompt_without_a_mask(family: str) -> None:
     for name in ("scores", "logits"):
         a, b = (torch.stack(getattr(out, name)[:16]) for out in (ours, theirs))
         torch.testing.assert_close(a, b, atol=ATOL, rtol=ATOL)
+
+
+def test_an_adapter_is_part_of_the_model() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(tiny("llama").config).eval()
+    asked = prompts(RAGGED, 3) | {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    plain = base.generate(**asked)
+    adapted = get_peft_model(base, config).eval()
+    ours, _ = generate(Backbone(adapted), Policy((4,), LogitLens()), **asked)
+    assert torch.equal(ours, adapted.generate(**asked))
+    assert not torch.equal(ours, plain)
 
 
 # ---------------------------------------------------------------- scoring

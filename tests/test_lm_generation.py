@@ -17,7 +17,6 @@ from test_lm import MAX_LENGTH, build, text
 from test_lm_exit import lens
 from zoo import byte_tokenizer
 
-from spade_eval.backfill import Policy
 from spade_eval.decoders import Linear, LogitLens, Spade
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule
@@ -25,6 +24,7 @@ from spade_eval.generation import generate
 from spade_eval.lens import LinearLens
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM
+from spade_eval.policy import Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,9 +129,9 @@ def test_texts_do_not_depend_on_the_batch() -> None:
     asked = requests({"until": ["e", "\x0f"], "max_gen_toks": 12})
     texts = [
         build(SpadeExitLM, threshold=4.0, batch_size=size, **EVERY).generate_until(asked)
-        for size in (1, 3)
+        for size in (1, 3, "auto")
     ]
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
 
 
 # ---------------------------------------------------------------- contexts

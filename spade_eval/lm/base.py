@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from spade_eval.answers import Answers
-    from spade_eval.backfill import Policy
     from spade_eval.batching import Ints
     from spade_eval.generation import Generated
+    from spade_eval.policy import Policy
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from spade_eval.backfill import Policy
 from spade_eval.cost import Prices
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
@@ -18,6 +17,7 @@ from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule, Name, Readout, Scope
 from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM, log
+from spade_eval.policy import Policy
 from spade_eval.trace import Trace, score, score_with_exits
 
 if TYPE_CHECKING:

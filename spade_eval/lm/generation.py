@@ -30,8 +30,8 @@ from spade_eval.generation import Generated, generate, refuse
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from spade_eval.backfill import Policy
     from spade_eval.lm.base import SpadeLM
+    from spade_eval.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,16 @@ def _batches(
         group_by="gen_kwargs",
         group_fn=lambda job: job[1],
     )
-    size = lm._detect_batch_size() if lm.batch_size == "auto" else lm.batch_size
-    for chunk in collator.get_batched(n=int(size), batch_fn=None):
+    for chunk in collator.get_batched(n=_batch_size(lm), batch_fn=None):
         yield chunk[0][1], [index for _, _, index in chunk]
+
+
+def _batch_size(lm: SpadeLM) -> int:
+    """Contexts that run at once; "auto" tries the model's longest input."""
+    if lm.batch_size != "auto":
+        return int(lm.batch_size)
+    # A CPU has no allocator that fails before the machine does.
+    return int(lm.max_batch_size if lm.device.type == "cpu" else lm._detect_batch_size())
 
 
 def _cut(lm: SpadeLM, ids: list[int], new: int) -> list[int]:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spade_eval.backfill import Policy
 from spade_eval.decoders import Decoder, Linear, LogitLens, Positions, Spade, Start
 from spade_eval.errors import UserError, did_you_mean
 from spade_eval.lm import arguments, lenses
 from spade_eval.lm.base import SpadeLM, log
+from spade_eval.policy import Policy
 from spade_eval.trace import score
 
 if TYPE_CHECKING:
