@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -461,8 +462,8 @@ def test_work_is_what_the_layers_saw(family: str) -> None:
     """A single row has no padding; the tail's tokens go through the same layers."""
     asked = {"input_ids": random_ids(1, 7, 11)}
     late = 0
-    for threshold in thresholds(family):
-        policy = exits(family, threshold)
+    for threshold, interval in itertools.product(thresholds(family), (1, 2)):
+        policy = exits(family, threshold, interval=interval)
         run(family, policy, asked, 12)  # the start token is known from here on
         seen, handles = watched(family)
         _, happened = run(family, policy, asked, 12)
@@ -479,7 +480,7 @@ def test_work_is_what_the_layers_saw(family: str) -> None:
         depths = [max(layers[i:]) for i in range(12)]
         assert work.prompt[0] + work.decode[0] + work.backfilled[0] == 7 * depths[0] + sum(depths[1:])  # fmt: skip
         # A check at each candidate that a token passed or left at.
-        assert work.checks[0] == sum(min(layer, 3) for layer in layers)
+        assert work.checks[0] == sum(stop <= layer for layer in layers for stop in policy.stops[:-1])  # fmt: skip
         late += int(work.backfilled[0])
     assert late > 0
 
@@ -495,21 +496,22 @@ def test_no_layer_above_a_fixed_one_sees_the_prompt() -> None:
 
 def test_rows_that_have_finished_cost_nothing() -> None:
     asked = prompts((9, 9, 9), 12)
-    policy = exits("llama", 2.0)
     criteria = transformers.StoppingCriteriaList([Rows(2, 10, 4)])
-    seen, handles = watched("llama")
-    ids, happened = run("llama", policy, asked, 20, stopping_criteria=criteria)
-    for handle in handles:
-        handle.remove()
-    assert [len(tokens) for tokens in happened.tokens] == [2, 10, 4]
-    assert ids.shape == (3, 19)
-    assert not ids[0, 11:].any()
-    assert seen[1] - 27 - 13 <= 1  # prompts, then 1 + 9 + 3 tokens; a start token perhaps
-    for row, new in enumerate((2, 10, 4)):
-        _, alone = run("llama", policy, {"input_ids": asked["input_ids"][row : row + 1]}, new)
-        assert alone.tokens[0] == happened.tokens[row]
-        for name in ("prompt", "decode", "backfilled", "tail", "checks"):
-            assert getattr(alone.work, name)[0] == getattr(happened.work, name)[row]
+    for threshold in thresholds("llama"):
+        policy = exits("llama", threshold)
+        seen, handles = watched("llama")
+        ids, happened = run("llama", policy, asked, 20, stopping_criteria=criteria)
+        for handle in handles:
+            handle.remove()
+        assert [len(tokens) for tokens in happened.tokens] == [2, 10, 4]
+        assert ids.shape == (3, 19)
+        assert not ids[0, 11:].any()
+        assert seen[1] - 27 - 13 <= 3  # prompts, then 1 + 9 + 3 tokens; start tokens perhaps
+        for row, new in enumerate((2, 10, 4)):
+            _, alone = run("llama", policy, {"input_ids": asked["input_ids"][row : row + 1]}, new)
+            assert alone.tokens[0] == happened.tokens[row]
+            for name in ("prompt", "decode", "backfilled", "tail", "checks"):
+                assert getattr(alone.work, name)[0] == getattr(happened.work, name)[row]
 
 
 def test_thresholds_that_nothing_meets_make_no_check() -> None:
