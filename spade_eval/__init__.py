@@ -12,12 +12,14 @@ _LAZY = {
     "spade": "spade_eval.decoders",
     "spade_nos": "spade_eval.decoders",
     "LogitLensLM": "spade_eval.lm.layer",
+    "SpadeExitForCausalLM": "spade_eval.causal_lm",
     "SpadeLayerLM": "spade_eval.lm.layer",
 }
 
 __all__ = [
     "Backbone",
     "LogitLensLM",
+    "SpadeExitForCausalLM",
     "SpadeLayerLM",
     "__version__",
     "logit_lens",
@@ -28,6 +30,7 @@ __all__ = [
 TYPE_CHECKING = False  # type checkers know this name; importing it from `typing` costs milliseconds
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
+    from spade_eval.causal_lm import SpadeExitForCausalLM
     from spade_eval.decoders import logit_lens, spade, spade_nos
     from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
 

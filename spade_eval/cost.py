@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spade_eval.batching import Batch, Ints
+    from spade_eval.generation import Generated
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,15 @@ class Tally:
             cache are not among them.
         requests_packed: Requests in rows that hold several sequences.
         requests_dense: Requests in rows of their own.
+        requests_generated: Requests that were answered with generated text.
         positions_scored: Positions that reached a decoder.
         first_positions: Those of them at position 0, where there is no pair.
         tokens: Tokens fed to the model, without padding.
+        generated_tokens: Tokens that it gave.
         main_token_layers: Tokens times the layers they passed before a decoder read them.
+        prompt_token_layers: Of them in generation, what the first token of an answer needed,
+        decode_token_layers: what each further token needed of itself,
+        backfilled_token_layers: and what exits had left out and a later, deeper token needed.
         tail_token_layers: The same for answer tokens in the tail.
         check_token_layers: Confidence checks.
         head_token_layers: Heads at the scored positions.
@@ -79,10 +85,15 @@ class Tally:
     requests: int = 0
     requests_packed: int = 0
     requests_dense: int = 0
+    requests_generated: int = 0
     positions_scored: int = 0
     first_positions: int = 0
     tokens: int = 0
+    generated_tokens: int = 0
     main_token_layers: int = 0
+    prompt_token_layers: int = 0
+    decode_token_layers: int = 0
+    backfilled_token_layers: int = 0
     tail_token_layers: int = 0
     check_token_layers: float = 0.0
     head_token_layers: float = 0.0
@@ -124,6 +135,7 @@ class Account:
         tokens_hf: Tokens that one row per sequence would take, as `--model hf` feeds them.
         start_token_layers: Start tokens, each of which is computed once.
         seconds: Wall-clock of the request phase; of several processes, the longest.
+        generation_seconds: What generated text took of it.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -132,6 +144,7 @@ class Account:
     tokens_hf: int = 0
     start_token_layers: int = 0
     seconds: float = 0.0
+    generation_seconds: float = 0.0
 
     def add(
         self,
@@ -178,9 +191,7 @@ class Account:
             tail_token_layers=np.where(tails[at], n_layers - layer, 0),
             head_token_layers=prices.head,
         )
-        for tally in self.tallies.values():
-            heads = tally.positions_scored * prices.head
-            tally.full_depth_token_layers = tally.tokens * n_layers + heads
+        self._set_baseline(prices)
         new = np.unique(batch.requests)
         new = new[source.counted[new]]
         kind = "requests_dense" if batch.sees is None else "requests_packed"
@@ -222,6 +233,49 @@ class Account:
         for request, layer in zip(contexts.requests.tolist(), last.tolist(), strict=True):
             self._tally(source.tasks[request]).row_exits[layer] += 1
 
+    def add_generated(
+        self, run: Generated, requests: Ints, source: Source, prices: Prices, exits: bool
+    ) -> None:
+        """Count a batch of generated texts.
+
+        Args:
+            run: What happened.
+            requests: The request of each row, (B,).
+            source: Where the requests come from.
+            prices: Of heads and checks.
+            exits: Whether its tokens decided about their layers.
+        """
+        work, new = run.work, np.array([len(tokens) for tokens in run.tokens])
+        alone = run.prompt_lengths == 1  # the first token is read at position 0
+        fed = run.prompt_lengths + new - 1  # the last token is not
+        self.padding += int((run.prompt_lengths.max() - run.prompt_lengths).sum())
+        self.tokens_hf += int(fed.sum())
+        self._by_task(
+            source,
+            requests,
+            tokens=fed,
+            generated_tokens=new,
+            positions_scored=new,
+            first_positions=alone.astype(int),
+            main_token_layers=work.prompt + work.decode + work.backfilled,
+            prompt_token_layers=work.prompt,
+            decode_token_layers=work.decode,
+            backfilled_token_layers=work.backfilled,
+            tail_token_layers=work.tail,
+            check_token_layers=work.checks * prices.check,
+            head_token_layers=new * prices.head,
+        )
+        self._set_baseline(prices)
+        counted = source.counted[requests]
+        self._by_task(source, requests[counted], requests=1, requests_generated=1)
+        if not exits:
+            return
+        for row in np.flatnonzero(counted).tolist():
+            tally = self._tally(source.tasks[requests[row]])
+            layers = run.exit_layers[row]
+            tally.exits.update(layers[int(alone[row]) :])
+            tally.row_exits[max(layers)] += 1
+
     def merge(self, parts: Sequence[Account]) -> None:
         """Add the sums of processes that ran side by side."""
         for part in parts:
@@ -232,6 +286,7 @@ class Account:
             self.tokens_hf += part.tokens_hf
             self.start_token_layers += part.start_token_layers
         self.seconds += max((part.seconds for part in parts), default=0.0)
+        self.generation_seconds += max((part.generation_seconds for part in parts), default=0.0)
 
     @property
     def total(self) -> Tally:
@@ -250,8 +305,16 @@ class Account:
             "tokens_hf": self.tokens_hf,
             "start_token_layers": self.start_token_layers,
             "seconds": round(self.seconds, 3),
+            "generation_seconds": round(self.generation_seconds, 3),
+            "tokens_per_second": self.tokens_per_second,
             "tasks": {task: tally.report() for task, tally in sorted(self.tallies.items())},
         }
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens per second of generation; None without any."""
+        seconds = self.generation_seconds
+        return round(self.total.generated_tokens / seconds, 2) if seconds else None
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -261,6 +324,11 @@ class Account:
             yield
         finally:
             self.seconds += time.perf_counter() - begin
+
+    def _set_baseline(self, prices: Prices) -> None:
+        for tally in self.tallies.values():
+            heads = tally.positions_scored * prices.head
+            tally.full_depth_token_layers = tally.tokens * prices.n_layers + heads
 
     def _tally(self, task: str) -> Tally:
         return self.tallies.setdefault(task, Tally())

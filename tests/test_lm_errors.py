@@ -126,14 +126,6 @@ def test_an_error_does_not_lose_the_account() -> None:
     assert lm.account.total.requests == 1
 
 
-def test_generation_says_which_models_will_do_it() -> None:
-    lm = build(LogitLensLM, layer=1)
-    with pytest.raises(
-        UserError, match=r"task: the task asks for generated text.*spade_exit.*--model hf"
-    ):
-        lm.generate_until(instances([("a", {})], "generate_until"))
-
-
 # ---------------------------------------------------------------- --use_cache
 
 

@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "stablelm": ("StableLmConfig", {}),
     "smollm3": ("SmolLM3Config", {}),
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
-    "cohere2": ("Cohere2Config", HEAD | WINDOW | ALTERNATING),
+    "cohere2": ("Cohere2Config", HEAD | WINDOW | ALTERNATING | {"logit_scale": 0.5}),
     "qwen3_moe": ("Qwen3MoeConfig", HEAD | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "gpt_oss": ("GptOssConfig", HEAD | WINDOW | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import inspect
 import logging
 import sys
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ from spade_eval.batching import Batch, collate, cut, footprint
 from spade_eval.cost import Account, Prices, Source
 from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
-from spade_eval.lm import arguments
+from spade_eval.generation import check
+from spade_eval.lm import arguments, generation
 from spade_eval.lm.cache import fingerprint, guard
 from spade_eval.lm.pages import token_windows
 from spade_eval.lm.windows import may_pack, window
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from spade_eval.answers import Answers
+    from spade_eval.batching import Ints
+    from spade_eval.generation import Generated
+    from spade_eval.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +108,13 @@ class SpadeLM(HFLM):
         """Score batches and add what they cost to `account`."""
         raise NotImplementedError
 
+    decides = False
+    """Whether tokens decide about the layers that they are read from."""
+
+    def _policy(self) -> Policy:
+        """Where generated tokens are read."""
+        raise NotImplementedError
+
     def _prices(self, head: float) -> Prices:
         """What heads and checks cost, given a head's price in token-layers."""
         return Prices(self.backbone.n_layers, head)
@@ -161,11 +172,16 @@ class SpadeLM(HFLM):
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if not context_ids:  # a context of blanks only, which moved into the continuation
             return [self.prefix_token_id], continuation_ids
+        return self._with_bos(context_ids), continuation_ids
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
         # Many tokenizers ignore add_bos_token; a chat template may have put the token there.
         bos = self.tokenizer.bos_token_id
-        if self.add_bos_token and context_ids[0] != bos:
-            context_ids = [bos, *context_ids]
-        return context_ids, continuation_ids
+        return [bos, *ids] if self.add_bos_token and ids[0] != bos else ids
+
+    def context_ids(self, context: str) -> list[int]:
+        """The tokens that generation begins with, at least one; as in scoring."""
+        return self._with_bos(self.tok_encode(context) or [self.prefix_token_id])
 
     # ------------------------------------------------------------------ requests
 
@@ -243,14 +259,21 @@ class SpadeLM(HFLM):
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Not yet: these models score."""
-        tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
-        raise UserError(
-            f"{tasks}: the task asks for generated text, and {type(self).__name__} of spade_eval "
-            f"{__version__} scores log-likelihoods only. Generation will come for spade_exit, "
-            "lens_exit, spade_layer, l_spade, tuned_lens and logit_lens; until then use --model hf "
-            "for this task. What was scored before is kept if --use_cache was given."
-        )
+        """Texts, each read from the layers that scoring would read them from."""
+        policy = self.policy  # its check is no part of the requests' time
+        with self._accounting(requests):
+            return generation.generate_until(self, requests, policy, disable_tqdm)
+
+    def count_generated(self, run: Generated, requests: Ints) -> None:
+        """Add the texts that were generated for some requests, (B,), to the account."""
+        self.account.add_generated(run, requests, self._source, self.prices, self.decides)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """Where this model may read a token that it generates; most models are only scored."""
+        policy = self._policy()
+        check(self.backbone)
+        return policy
 
     # ------------------------------------------------------------------ batches
 

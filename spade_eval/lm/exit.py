@@ -17,15 +17,18 @@ from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule, Name, Readout, Scope
 from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM, log
+from spade_eval.policy import Policy
 from spade_eval.trace import Trace, score, score_with_exits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TextIO
 
     from spade_eval.answers import Answers
-    from spade_eval.batching import Batch
+    from spade_eval.batching import Batch, Ints
     from spade_eval.cost import Account, Prices
     from spade_eval.decoders import Decoder
+    from spade_eval.generation import Generated
     from spade_eval.lm.base import TokenRequest
 
 
@@ -52,10 +55,10 @@ class SpadeExitLM(SpadeLM):
         readout: "spade" answers with the two-token tail, "lens" with the map itself.
         exit_scope: "context" (default) decides once at the last context token for all its
             continuations, "token" at every scored position, "request" by their mean. Whole texts
-            (rolling requests) always decide by token.
+            (rolling requests) and generated ones always decide by token.
         positions: Of the tail's pairs, see `SpadeLayerLM`.
         calibration: The file of threshold=calibrated; calibration.json by default.
-        exit_log: File for one JSON line per scored position.
+        exit_log: File for one JSON line per scored position or generated token.
         force_lens: Whether a lens of another model, of the same size, is a warning only.
         **kwargs: HFLM's arguments.
     """
@@ -130,6 +133,11 @@ class SpadeExitLM(SpadeLM):
 
     # ------------------------------------------------------------------ requests
 
+    decides = True
+
+    def _policy(self) -> Policy:
+        return Policy.exits(self.backbone.n_layers, self.decoder, self.rule, self.lens)
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As in `SpadeLM`; every token decides for itself."""
         if self.rule.confidence == "choice_entropy":
@@ -143,6 +151,12 @@ class SpadeExitLM(SpadeLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self._rule = self.rule
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As in `SpadeLM`."""
+        if self._calibration is not None:
+            self._calibration.require_tasks({str(request.task_name) for request in requests})
+        return super().generate_until(requests, disable_tqdm)
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
         if self._calibration is not None:
@@ -193,24 +207,48 @@ class SpadeExitLM(SpadeLM):
 
     def _write_log(self, path: Path, batch: Batch, trace: Trace, layers: Any) -> None:
         who = trace.decisions
-        values = trace.confidence[who.member_of][who.read_from]
+        values = trace.confidence[who.member_of][who.read_from].tolist()
+        positions = batch.scored_positions[batch.read_at].tolist()
         with path.open("a", encoding="utf-8") as file:
             for n, request in enumerate(batch.requests.tolist()):
-                if not self._source.counted[request]:
-                    continue
-                instance = self._instances[request] if self._instances else None
-                value = float(values[n])
-                line = {
-                    "task": getattr(instance, "task_name", None),
-                    "doc": getattr(instance, "doc_id", None),
-                    "request": getattr(instance, "idx", request),
-                    "position": int(batch.scored_positions[batch.read_at[n]]),
-                    "exit_layer": int(layers[n]),
-                    "confidence": None if np.isnan(value) else round(value, 6),
-                    "token": int(batch.targets[n]),
-                    "logprob": trace.answers.logprobs[n],
-                }
-                file.write(json.dumps(line) + "\n")
+                found = positions[n], int(layers[n]), values[n], int(batch.targets[n])
+                self._write_line(file, request, *found, logprob=trace.answers.logprobs[n])
+
+    def count_generated(self, run: Generated, requests: Ints) -> None:
+        """As in `SpadeLM`; the tokens go to the log too."""
+        super().count_generated(run, requests)
+        if self._log_path is None:
+            return
+        with self._log_path.open("a", encoding="utf-8") as file:
+            for row, request in enumerate(requests.tolist()):
+                found = zip(run.exit_layers[row], run.confidence[row], run.tokens[row], strict=True)
+                for position, each in enumerate(found, int(run.prompt_lengths[row]) - 1):
+                    self._write_line(file, request, position, *each)
+
+    def _write_line(
+        self,
+        file: TextIO,
+        request: int,
+        position: int,
+        layer: int,
+        value: float,
+        token: int,
+        **more: float,
+    ) -> None:
+        if not self._source.counted[request]:
+            return
+        instance = self._instances[request] if self._instances else None
+        line = {
+            "task": getattr(instance, "task_name", None),
+            "doc": getattr(instance, "doc_id", None),
+            "request": getattr(instance, "idx", request),
+            "position": position,
+            "exit_layer": layer,
+            "confidence": None if np.isnan(value) else round(value, 6),
+            "token": token,
+            **more,
+        }
+        file.write(json.dumps(line) + "\n")
 
     def _settings(self) -> dict[str, object]:
         return {

@@ -10,6 +10,7 @@ from spade_eval.decoders import Decoder, Linear, LogitLens, Positions, Spade, St
 from spade_eval.errors import UserError, did_you_mean
 from spade_eval.lm import arguments, lenses
 from spade_eval.lm.base import SpadeLM, log
+from spade_eval.policy import Policy
 from spade_eval.trace import score
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class FixedLayerLM(SpadeLM):
 
     def _check_config(self, n_layers: int) -> None:
         arguments.layer(self.layer, n_layers)
+
+    def _policy(self) -> Policy:
+        return Policy((self.layer,), self.decoder)
 
     def _score(self, batches: Sequence[Batch], account: Account) -> list[Answers]:
         return [self._score_one(batch, account) for batch in batches]
