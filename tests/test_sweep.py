@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import shutil
+import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -287,6 +291,32 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(
         kept[-1].write_bytes(kept[-1].read_bytes()[:100])  # the disk was full
     again = run(tmp_path / "out", resume=True).drop(columns="seconds")
     pd.testing.assert_frame_equal(whole, again)
+
+
+@pytest.mark.slow
+def test_sweeps_killed_at_random_moments_end_the_same(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole").drop(columns="seconds")
+    begin = time.monotonic()
+    run(tmp_path / "whole", overwrite=True)  # lm-eval's index is read by now
+    seconds = time.monotonic() - begin
+    rng, kills = random.Random(0), 0
+    work, out = tmp_path / ".out.sweep", tmp_path / "out"
+    while kills < 20:
+        child = os.fork()
+        if not child:
+            run(out, resume=work.exists())
+            os._exit(0)
+        time.sleep(rng.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        if out.exists():  # it was faster, once more from the beginning
+            found = pd.read_parquet(out / "sweep.parquet").drop(columns="seconds")
+            pd.testing.assert_frame_equal(whole, found, check_dtype=False, check_exact=True)
+            shutil.rmtree(out)
+            shutil.rmtree(work, ignore_errors=True)
+    found = run(out, resume=work.exists()).drop(columns="seconds")
+    pd.testing.assert_frame_equal(whole, found, check_exact=True)
 
 
 def test_batches_that_are_there_are_not_computed_again(

@@ -170,6 +170,9 @@ class SweepLM(SpadeLM):
         kept = collected.store.load(path, batch)
         if kept is None:
             begin = time.perf_counter()
+            # Which start tokens are computed together shows in the last bit: a batch must not
+            # depend on whether those before it were computed or read.
+            self.backbone.starts.clear()
             found = self.reader.read(batch, scopes, self._choices)
             kept = found, time.perf_counter() - begin
             collected.store.keep(path, batch, *kept)
