@@ -8,7 +8,8 @@ pairs' ratios.
 
 - one: the first token after 300-token prompts, everything at layer 20 of 30;
 - overhead: 64 tokens with a threshold that nothing can meet;
-- thresholds: 64 tokens at thresholds that were fixed beforehand. Agreement is the share of tokens
+- thresholds: 64 tokens at thresholds that were fixed beforehand, with all candidate layers (16, 18,
+  ... 28) and with layer 20 alone, since every check reads the whole head. Agreement is the share of tokens
   that the full model would have chosen after the same text.
 
 Writes results/generation/speed.{json,md}.
@@ -149,6 +150,8 @@ def main() -> None:
     if args.part in (None, "thresholds"):
         for threshold in THRESHOLDS:
             add(build(threshold), f"threshold={threshold}", 8, 32, 64)
+        for threshold in THRESHOLDS:  # layer 20 is the only candidate
+            add(build(threshold, interval=10), f"threshold={threshold},interval=10", 8, 32, 64)
     args.output.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     report = {"machine": machine(), "threads": threads, "rows": rows}

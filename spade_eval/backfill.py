@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from spade_eval.policy import Policy
 
 
+# Tokens that take as long as a call itself, which reads all weights of its layers: 135M on a CPU.
+CALL = 6
+
+
 @dataclass(frozen=True)
 class Work:
     """What each of B sequences has cost: token-layers, and the number of checks.
@@ -148,25 +152,25 @@ class Sequences:
         Returns:
             The states of the rows' newest tokens at the stop, (G, d).
         """
-        ends = self._ends[stop, rows]
-        groups = [np.flatnonzero(ends == end) for end in np.unique(ends)]
         below, self._lanes = self._lanes, {}
-        newest = [self._advance(stop, rows[some], int(ends[some[0]]), below) for some in groups]
+        groups = _together(self._ends[stop, rows])
+        newest = [self._advance(stop, rows[some], below) for some in groups]
         order = np.concatenate(groups).argsort()
         return torch.cat(newest)[torch.from_numpy(order)]
 
     def _advance(
-        self, stop: int, rows: Ints, held: int, below: dict[tuple[int, bytes], tuple[Span, Lane]]
+        self, stop: int, rows: Ints, below: dict[tuple[int, bytes], tuple[Span, Lane]]
     ) -> Tensor:
-        """Rows of which the layers right below the stop hold the columns before `held`.
+        """Take rows to a stop in one call per layer, from the first column that any of them lacks.
 
         Returns:
             As `_climb`.
         """
         stops = self.policy.stops
         depth, to = (stops[stop - 1] if stop else 0), stops[stop]
+        held = self._ends[stop, rows]
         base, end = int(self._first[rows].min()), self._ids.shape[1]
-        begin = max(held, base)
+        begin = max(int(held.min()), base)
         key = begin, rows.tobytes()
         if key in below:  # the very same tokens have just come from below
             span, lane = below[key]
@@ -180,10 +184,10 @@ class Sequences:
         self._lanes[key] = span, lane
         self._keys.span = span
         self.backbone.advance(lane, to)
+        self._count(rows, held, to - depth)
         self._ends[stop, rows] = end
         if to != stops[-1]:
             self._states[stop].write(span, lane.h)
-        self._count(rows, held, to - depth)
         return lane.h[:, -1].to(self.backbone.device)
 
     def _enter(self, span: Span, rows: Ints) -> Lane:
@@ -234,11 +238,35 @@ class Sequences:
         self.work.tail[self.origin] += np.where(tails, n_layers - layers, 0)
         return self.backbone.logits(self.policy.decoder.align(self.backbone, states))
 
-    def _count(self, rows: Ints, held: int, layers: int) -> None:
-        """Count what climbs `layers` layers, padding apart."""
+    def _count(self, rows: Ints, held: Ints, layers: int) -> None:
+        """Count what rows, of which some columns are held, lack; padding, old or new, apart."""
         begin = np.maximum(self._first[rows], held)
         late = np.maximum(self._fed - begin, 0)  # of earlier steps
         own = self._ids.shape[1] - begin - late
         of = self.origin[rows]
         (self.work.decode if self._fed else self.work.prompt)[of] += own * layers
         self.work.backfilled[of] += late * layers
+
+
+def _together(ends: Ints) -> list[Ints]:
+    """Share rows out over calls, by the columns that a layer holds of each.
+
+    Rows with the same end need no padding. One that holds a few columns more may join those that
+    hold less, and compute these columns again, where that is cheaper than a call of its own.
+
+    Args:
+        ends: Of each row, (G,).
+
+    Returns:
+        Indices of the rows of each call, each row once.
+    """
+    calls: list[list[Ints]] = []
+    begin = 0
+    for end in np.unique(ends):
+        rows = np.flatnonzero(ends == end)
+        if calls and (end - begin) * len(rows) <= CALL:
+            calls[-1].append(rows)
+        else:
+            calls.append([rows])
+            begin = end
+    return [np.sort(np.concatenate(call)) for call in calls]

@@ -1,9 +1,9 @@
 """Keys and values of a batch whose layers hold different numbers of tokens.
 
 Rows are left-padded, so the newest token of every sequence stands in the same column. After exits a
-layer holds of each row the columns before some end, and those that follow are pending. Rows with
-the same end climb together: their keys up to the end and the pending tokens are one block of
-columns without a hole, as attention windows, which count columns, need it.
+layer holds of each row the columns before some end, and those that follow are pending. Rows climb
+together from the same column on: what they hold before it and the tokens that climb are one block
+of columns without a hole, as attention windows, which count columns, need it.
 
     columns    base .. begin .. end
     keys       [cached  | new      ]      a view where all rows climb, a copy where some do

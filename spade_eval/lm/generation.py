@@ -7,6 +7,7 @@ The settings mean what they mean to `--model hf`; texts end at the first stop se
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     from spade_eval.lm.base import SpadeLM
     from spade_eval.policy import Policy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,12 @@ def generate_until(
             lm.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         bar.update(len(indices))
     bar.close()
+    if truncated := lm.account.truncated_requests:
+        log.warning(
+            "%d of %d contexts left no room for an answer within max_length=%d and lost their left "
+            "end; the results carry the count.",
+            truncated, len(requests), lm.max_length,
+        )  # fmt: skip
     lm.account.generation_seconds += time.perf_counter() - begin
     return texts
 
