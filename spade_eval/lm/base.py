@@ -33,6 +33,7 @@ from spade_eval.generation import check
 from spade_eval.lm import arguments, generation
 from spade_eval.lm.cache import fingerprint, guard
 from spade_eval.lm.pages import token_windows
+from spade_eval.lm.requests import place, source_of
 from spade_eval.lm.windows import may_pack, window
 
 if TYPE_CHECKING:
@@ -189,12 +190,12 @@ class SpadeLM(HFLM):
         """Log-likelihood of each continuation, and whether it is the greedy one."""
         for request in requests:
             if not request.args[1]:
-                raise UserError(f"{_place(request)}: empty continuation, an answer without text.")
+                raise UserError(f"{place(request)}: empty continuation, an answer without text.")
         try:
             with self._accounting(requests):
                 return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         except scoring.BadRequestError as err:
-            raise UserError(f"{_place(requests[err.index])}: {err}") from err
+            raise UserError(f"{place(requests[err.index])}: {err}") from err
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in disjoint windows of at most `max_length` tokens."""
@@ -350,7 +351,7 @@ class SpadeLM(HFLM):
     @contextmanager
     def _accounting(self, requests: Sequence[Any]) -> Iterator[None]:
         """Count what happens to the requests inside, on all ranks, into `account` of rank 0."""
-        self._instances, self._source = requests, _source(requests)
+        self._instances, self._source = requests, source_of(requests)
         total, self.account = self.account, Account()
         parts: list[Account] | None = [self.account]
         try:
@@ -396,21 +397,3 @@ class SpadeLM(HFLM):
             "account": self.account.report(),
         }
         return {**super().get_model_info(), "spade": spade}
-
-
-def _source(instances: Sequence[Any]) -> Source:
-    """The tasks of lm-eval's instances.
-
-    A rank with fewer instances than the others is given its last one again, which does not count.
-    """
-    seen: set[int] = set()
-    counted = np.zeros(len(instances), dtype=bool)
-    for index, instance in enumerate(instances):
-        counted[index] = id(instance) not in seen
-        seen.add(id(instance))
-    return Source([str(instance.task_name) for instance in instances], counted)
-
-
-def _place(request: Any) -> str:
-    """Where a request comes from, for messages."""
-    return f"task {request.task_name}, document {request.doc_id}"
