@@ -9,8 +9,8 @@ pairs' ratios.
 - one: the first token after 300-token prompts, everything at layer 20 of 30;
 - overhead: 64 tokens with a threshold that nothing can meet;
 - thresholds: 64 tokens at thresholds that were fixed beforehand, with all candidate layers (16, 18,
-  ... 28) and with layer 20 alone, since every check reads the whole head. Agreement is the share of tokens
-  that the full model would have chosen after the same text.
+  ... 28) and with layer 20 alone, since every check reads the whole head. Agreement is the share of
+  tokens that the full model would have chosen after the same text.
 
 Writes results/generation/speed.{json,md}.
 """
