@@ -20,7 +20,7 @@ from test_exit_trace import lens_logits, maps, midways, naive_entropy
 from zoo import FAMILIES, random_ids, tiny
 
 from spade_eval.backbone import Backbone
-from spade_eval.backfill import Sequences
+from spade_eval.backfill import CALL, Sequences, _together
 from spade_eval.batching import collate, cut
 from spade_eval.decoders import Decoder, Linear, LogitLens, Spade, States
 from spade_eval.errors import UnsupportedModelError, UserError
@@ -359,6 +359,21 @@ def test_a_batch_is_its_rows(family: str) -> None:
                 gap = top2_gap(naive_answer(family, policy, ids, alone.exit_layers[0][first]))
                 assert gap < TIE
             assert alone.exit_layers[0][:first] == together.exit_layers[row][:first]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12))
+def test_calls_share_what_costs_less_than_a_call(ends: list[int]) -> None:
+    calls = _together(np.array(ends))
+    assert sorted(row for call in calls for row in call.tolist()) == [*range(len(ends))]
+    held = [sorted({ends[row] for row in call}) for call in calls]
+    for call, inside in zip(calls, held, strict=True):
+        assert call.tolist() == sorted(call.tolist())
+        for end in inside:
+            again = (end - inside[0]) * sum(ends[row] == end for row in call)
+            assert again <= CALL, "computed again for more than a call costs"
+    for one, other in itertools.combinations(held, 2):  # in order, and not needlessly apart
+        assert one[-1] < other[0]
+        assert (other[0] - one[0]) * ends.count(other[0]) > CALL
 
 
 # ---------------------------------------------------------------- what transformers prepares
