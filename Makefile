@@ -51,6 +51,8 @@ demo: setup
 bench: setup
 	$(BIN)/python benchmarks/scoring.py --output results/benchmarks/scoring
 	$(BIN)/python benchmarks/exits.py --part speed
+	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/generation.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
