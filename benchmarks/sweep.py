@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spade_eval.default_model import default_model_path
 from spade_eval.fit.documents import load_tasks
+from spade_eval.fit.memory import peak_memory_mb
 from spade_eval.lm.exit import SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM
 from spade_eval.lm.lenses import DEFAULT_LENS
@@ -45,11 +45,6 @@ SEPARATE: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 RUNS = 31 * 3 + 14 * 2 + 20
 BARS = {"hf": 9, "separate": 4}
-
-
-def peak_mb() -> int:
-    """Peak memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def main() -> None:
@@ -83,7 +78,7 @@ def main() -> None:
         whole.append(time.perf_counter() - begin)
         pairs.append((one, swept.account.seconds - before))
         sys.stderr.write(f"hf {one:.1f} s, sweep {pairs[-1][1]:.1f} s\n")
-    peak = peak_mb()
+    peak = peak_memory_mb()
     apart = {
         name: evaluate(cls(**common, **arguments), case)[1]
         for name, (cls, arguments) in SEPARATE.items()

@@ -1,18 +1,26 @@
-"""The argument parser of our own sub-commands: its errors are sentences."""
+"""Command lines of our own sub-commands: the parser, and what several of them take."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NoReturn
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spade_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_ONCE = ("--resume", "--overwrite")  # about this run, not about what it makes
+
 
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that raises `UserError` and names the nearest option."""
+
+    def __init__(self, **kwargs: Any):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message, with a hint."""
@@ -24,3 +32,43 @@ class Parser(argparse.ArgumentParser):
 
 def _near(word: str, options: Sequence[str]) -> str:
     return "" if word in options else did_you_mean(word, options)
+
+
+def add_place(p: Parser) -> None:
+    """Add where the model runs and where further tasks lie; see `model_arguments`."""
+    p.add_argument("--device", help="as in lm_eval: cpu, cuda, cuda:0, mps")
+    p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """`--model_args` and `--device` as lm-eval reads them; loading lm-eval takes seconds."""
+    from lm_eval.utils import simple_parse_args_string
+
+    given: dict[str, Any] = simple_parse_args_string(args.model_args)
+    return given if args.device is None else {**given, "device": args.device}
+
+
+def include_paths(args: argparse.Namespace, tasks_path: Path) -> list[Path]:
+    """Our tasks' folder, and `--include_path` behind it."""
+    return [tasks_path, *([args.include_path] if args.include_path else [])]
+
+
+def command_line(name: str, argv: Sequence[str]) -> str:
+    """The command that makes the same again, for records."""
+    return shlex.join(["spade-eval", name, *(a for a in argv if a not in _ONCE)])
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Read FROM:TO:STEP, TO excluded, or a list a,b,c; in that order.
+
+    Raises:
+        UserError: Not of this form.
+    """
+    try:
+        if ":" in text:
+            return list(range(*(int(part) for part in text.split(":"))))
+        return [int(part) for part in text.split(",")]
+    except (ValueError, TypeError) as err:
+        raise UserError(
+            f"layers={text!r}: write FROM:TO:STEP (TO excluded), a list such as 4,8,12, or all."
+        ) from err

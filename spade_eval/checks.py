@@ -24,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from spade_eval.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spade_eval.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -100,20 +102,32 @@ def run(backbone: Backbone) -> tuple[bool, bool]:
         ],
         start=1,
     ):
-        try:
-            ours, theirs = check(backbone)
-            error, bound = distance(ours, theirs), tolerance(theirs)
-            found = f"relative difference {error:.2g}, allowed {bound:.2g}"
-            cause = None
-        except Exception as err:
-            error, bound, found, cause = float("inf"), 0.0, f"{type(err).__name__}: {err}", err
-        if not error <= bound:
+        if failed := failure(check, backbone):
+            found, cause = failed
             raise UnsupportedModelError(
                 f"{backbone.name} fails check {number} ({meaning}): {found}. Supported are "
                 "decoder-only models whose layers attend causally and keep keys and values; "
                 "recurrent and hybrid models are not."
             ) from cause
     return _positions_inert(backbone), _packs(backbone)
+
+
+def failure(
+    check: Callable[[Backbone], tuple[Tensor, Tensor]], backbone: Backbone
+) -> tuple[str, Exception | None] | None:
+    """What is wrong if the two tensors of a check differ, or it fails in itself; None if nothing.
+
+    Returns:
+        What was found, and the error behind it.
+    """
+    try:
+        ours, theirs = check(backbone)
+        error, bound = distance(ours, theirs), tolerance(theirs)
+    except Exception as err:
+        return f"{type(err).__name__}: {err}", err
+    if error <= bound:
+        return None
+    return f"relative difference {error:.2g}, allowed {bound:.2g}", None
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

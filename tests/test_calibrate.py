@@ -107,8 +107,8 @@ def ask(**kwargs: Any) -> Ask:
     )  # fmt: skip
 
 
-def settings(path: Path, **kwargs: Any) -> CalibrateSettings:
-    asked = CalibrateSettings(path, (TASK,), "validation", 0.6, 0.9, RULE)
+def settings(**kwargs: Any) -> CalibrateSettings:
+    asked = CalibrateSettings((TASK,), "validation", 0.6, 0.9, RULE)
     return replace(asked, **kwargs)
 
 
@@ -129,7 +129,7 @@ def tasks() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Calibration, Path]:
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
-    found, curve = calibrate(sweep_lm(), tasks(), settings(path), "spade-eval calibrate ...")
+    found, curve = calibrate(sweep_lm(), tasks(), settings(), "spade-eval calibrate ...")
     assert found is not None
     assert curve.attrs["documents"] == found.documents
     write_json(path, found.to_json())
@@ -204,7 +204,7 @@ def test_a_calibration_is_of_one_model_one_lens_and_its_tasks(
 
 
 def test_no_threshold_may_meet_the_bound(tmp_path: Path) -> None:
-    found, curve = calibrate(sweep_lm(), tasks(), settings(tmp_path / "x", max_drop=0.16), "")
+    found, curve = calibrate(sweep_lm(), tasks(), settings(max_drop=0.16), "")
     harmed = curve["harmed"].tolist()
     assert found is None or harmed[0] == 0
     assert harmed[-1] >= harmed[0]
@@ -212,14 +212,14 @@ def test_no_threshold_may_meet_the_bound(tmp_path: Path) -> None:
 
 def test_bad_calibrations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"documents are too few.*at best"):
-        calibrate(sweep_lm(), tasks(), settings(tmp_path / "x", max_drop=0.0001), "")
+        calibrate(sweep_lm(), tasks(), settings(max_drop=0.0001), "")
     trained = lens("l_spade", 1)
     trained.config = replace(trained.config, tasks=(TASK,), split="validation")
     with pytest.raises(UserError, match=f"validation documents of {TASK} trained the lens"):
-        calibrate(sweep_lm(lens=trained), tasks(), settings(tmp_path / "x"), "")
+        calibrate(sweep_lm(lens=trained), tasks(), settings(), "")
     pages = load_tasks(["spade_mini_articles"], tasks_path())
     with pytest.raises(UserError, match="has no metric acc"):
-        calibrate(sweep_lm(), pages, settings(tmp_path / "x", limit=2), "")
+        calibrate(sweep_lm(), pages, settings(limit=2), "")
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from spade_eval.arguments import Parser
+from spade_eval.arguments import Parser, add_place, command_line, include_paths, model_arguments
 from spade_eval.errors import UserError
 from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.fit.settings import FitSettings, check_output
 
 if TYPE_CHECKING:
+    import argparse
+
     from spade_eval.lens import LinearLens
 
 _EPILOG = """\
@@ -24,8 +24,6 @@ examples:
   accelerate launch -m spade_eval fit ...
 """
 
-_ONCE = ("--resume", "--overwrite")  # about this run, not about the lens
-
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
@@ -34,8 +32,6 @@ def parser() -> argparse.ArgumentParser:
         description="Fit a lens: one linear map per layer, for --model l_spade, tuned_lens and "
         "spade_exit.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     p.add_argument(
         "--decoder",
@@ -79,8 +75,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the saved maps (default: %(default)s)",
     )
     p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
-    p.add_argument("--device", help="as in lm_eval: cpu, cuda, cuda:0, mps")
-    p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
+    add_place(p)
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace the lens that is there")
     return p
@@ -116,24 +111,21 @@ def main(argv: list[str], tasks_path: Path) -> int:
     )
     check_output(settings, args.resume, args.overwrite)
     # Loading lm-eval takes seconds; bad arguments have been told by now.
-    from lm_eval.utils import setup_logging, simple_parse_args_string
+    from lm_eval.utils import setup_logging
 
     from spade_eval.fit.run import fit
     from spade_eval.lm.base import SpadeLM
 
     setup_logging()
     keep_freed_blocks()
-    model_args: dict[str, Any] = simple_parse_args_string(args.model_args)
-    if args.device is not None:
-        model_args["device"] = args.device
-    lm = SpadeLM(**{"batch_size": args.batch_size, **model_args})
+    lm = SpadeLM(**{"batch_size": args.batch_size, **model_arguments(args)})
     lens = fit(
         lm,
         settings,
         resume=args.resume,
         overwrite=args.overwrite,
-        include_path=[tasks_path, args.include_path] if args.include_path else tasks_path,
-        command=shlex.join(["spade-eval", "fit", *(a for a in argv if a not in _ONCE)]),
+        include_path=include_paths(args, tasks_path),
+        command=command_line("fit", argv),
     )
     if lm.rank == 0:
         print(table(lens))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from spade_eval.arguments import Parser
+from spade_eval.arguments import Parser, add_place, command_line, include_paths, model_arguments
 from spade_eval.fit.lora_settings import LoraSettings, check_output
 from spade_eval.fit.memory import keep_freed_blocks
 
 if TYPE_CHECKING:
+    import argparse
+
     from spade_eval.adapter_files import Record
 
 _EPILOG = """\
@@ -23,8 +23,6 @@ examples:
   accelerate launch -m spade_eval finetune ...
 """
 
-_ONCE = ("--resume", "--overwrite")  # about this run, not about the adapter
-
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
@@ -32,8 +30,6 @@ def parser() -> argparse.ArgumentParser:
         prog="spade-eval finetune",
         description="Train a LoRA adapter on the right answers of tasks, for peft= of all models.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     d = LoraSettings
     p.add_argument(
@@ -63,8 +59,7 @@ def parser() -> argparse.ArgumentParser:
         choices=["auto", "float32", "bfloat16"],
         help="of matrix products; auto takes bfloat16 where it is faster (default: auto)",
     )
-    p.add_argument("--device", help="as in lm_eval: cpu, cuda, mps")
-    p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
+    add_place(p)
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace the adapter that is there")
     return p
@@ -90,24 +85,21 @@ def main(argv: list[str], tasks_path: Path) -> int:
     check_output(settings, args.resume, args.overwrite)
     # Loading lm-eval takes seconds; bad arguments have been told by now.
     from accelerate import PartialState
-    from lm_eval.utils import setup_logging, simple_parse_args_string
+    from lm_eval.utils import setup_logging
 
     from spade_eval.fit.lora_run import finetune
     from spade_eval.lm.layer import LogitLensLM
 
     setup_logging()
     keep_freed_blocks()
-    model_args: dict[str, Any] = simple_parse_args_string(args.model_args)
-    if args.device is not None:
-        model_args["device"] = args.device
-    lm = LogitLensLM(**{"batch_size": 16, **model_args, "layer": -1})
+    lm = LogitLensLM(**{"batch_size": 16, **model_arguments(args), "layer": -1})
     record = finetune(
         lm,
         settings,
         resume=args.resume,
         overwrite=args.overwrite,
-        include_path=[tasks_path, args.include_path] if args.include_path else tasks_path,
-        command=shlex.join(["spade-eval", "finetune", *(a for a in argv if a not in _ONCE)]),
+        include_path=include_paths(args, tasks_path),
+        command=command_line("finetune", argv),
     )
     if PartialState().is_main_process:
         print(table(record))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from spade_eval import lens_files
+from spade_eval.arguments import layer_numbers
 from spade_eval.errors import UserError
 from spade_eval.fit import work
 from spade_eval.fit.descent import Recipe
@@ -61,18 +62,7 @@ def layer_list(text: str | None, n_layers: int) -> list[int]:
     """
     if text == "all":
         return list(range(n_layers))
-    parts = text.split(":") if text and ":" in text else []
-    try:
-        if text is None:
-            found = list(range(2, n_layers, 2))
-        elif parts:
-            found = sorted(range(*(int(part) for part in parts)))
-        else:
-            found = sorted({int(part) for part in text.split(",")})
-    except (ValueError, TypeError) as err:
-        raise UserError(
-            f"layers={text!r}: write FROM:TO:STEP (TO excluded), a list such as 4,8,12, or all."
-        ) from err
+    found = list(range(2, n_layers, 2)) if text is None else sorted(set(layer_numbers(text)))
     if not found or not 0 <= min(found) <= max(found) < n_layers:
         raise UserError(
             f"layers={text!r} names layers {found or 'none'}; this model takes maps at "

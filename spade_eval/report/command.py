@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, get_args
 
+from spade_eval.arguments import Parser
 from spade_eval.errors import UserError, require_known
 
 if TYPE_CHECKING:
@@ -37,18 +37,13 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. `{self.prog} --help` lists the arguments.")
-
-
 def report_main(argv: list[str]) -> int:
     """Run `spade-eval report`.
 
     Args:
         argv: The arguments behind "report".
     """
-    p = _parser("spade-eval report", _REPORT)
+    p = Parser(prog="spade-eval report", description=_REPORT)
     p.add_argument(
         "inputs",
         type=Path,
@@ -76,7 +71,7 @@ def compare_main(argv: list[str]) -> int:
     Args:
         argv: The arguments behind "compare".
     """
-    p = _parser("spade-eval compare", _COMPARE)
+    p = Parser(prog="spade-eval compare", description=_COMPARE)
     p.add_argument("a", type=Path, metavar="RUN_A", help="results file, folder, or baseline")
     p.add_argument("b", type=Path, metavar="RUN_B", help="the other one")
     args = p.parse_args(argv)
@@ -97,7 +92,7 @@ def check_main(argv: list[str]) -> int:
     Returns:
         1 if the run has regressed, else 0.
     """
-    p = _parser("spade-eval check", _CHECK, _CHECK_EXAMPLES)
+    p = Parser(prog="spade-eval check", description=_CHECK, epilog=_CHECK_EXAMPLES)
     p.add_argument("run", type=Path, metavar="RUN", help="results file, or folder")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--baseline", type=Path, help="a baseline, or another run")
@@ -132,16 +127,6 @@ def check_main(argv: list[str]) -> int:
     refuse(found, allowed)
     print(check_text(found, args.tolerance, args.alpha))
     return int(bool(found.regressions(args.tolerance, args.alpha)))
-
-
-def _parser(prog: str, description: str, epilog: str | None = None) -> _Parser:
-    return _Parser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def _read(path: Path) -> Run:

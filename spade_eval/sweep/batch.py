@@ -138,13 +138,13 @@ class Reader:
         decoder = self.decoder(name, "")
         positions, width = len(batch.scored), lanes[0][1].h.shape[-1]
         at_once = max(1, TAIL_ROWS // len(lanes))
+        one, n = lanes[0][1], len(lanes)
+        layers = torch.tensor([int(states.layer) for _, states in lanes])
         out = [torch.empty_like(states.h) for _, states in lanes]
         for first in range(0, positions, at_once):
             part = slice(first, first + at_once)
             h = torch.cat([states.h[part] for _, states in lanes])
-            each = len(lanes[0][1].h[part])
-            layers = torch.tensor([int(states.layer) for _, states in lanes])
-            one, n = lanes[0][1], len(lanes)
+            each = len(one.h[part])
             together = States(
                 h,
                 layers.repeat_interleave(each),

@@ -41,7 +41,6 @@ class CalibrateSettings:
     """What to calibrate.
 
     Attributes:
-        output: The file.
         tasks: lm-eval tasks with the metric acc.
         split: Whose documents are used.
         max_drop: Bound on the risk.
@@ -52,7 +51,6 @@ class CalibrateSettings:
         apply_chat_template: As in a sweep.
     """
 
-    output: Path
     tasks: tuple[str, ...]
     split: str
     max_drop: float

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from spade_eval.arguments import Parser
+from spade_eval.arguments import Parser, add_place, command_line, include_paths, model_arguments
 from spade_eval.calibration import NAME, WORD
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule
 from spade_eval.fit.memory import keep_freed_blocks
 
 if TYPE_CHECKING:
+    import argparse
+
     import pandas as pd
 
     from spade_eval.calibration import Calibration
@@ -36,8 +36,6 @@ def parser() -> argparse.ArgumentParser:
         "model answers right and the exit run wrong stays below --max-drop, with probability "
         "--confidence (Learn then Test).",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     p.add_argument("--tasks", required=True, help="lm-eval tasks with the metric acc, a,b,c")
     p.add_argument("--split", default="validation", choices=["train", "validation", "test"])
@@ -53,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num_fewshot", type=int, help="examples in the prompt, as in lm_eval")
     p.add_argument("--apply_chat_template", action="store_true", help="as in lm_eval")
     p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
-    p.add_argument("--device", help="as in lm_eval: cpu, cuda, cuda:0, mps")
-    p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
+    add_place(p)
     p.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     return p
 
@@ -76,17 +73,18 @@ def main(argv: list[str], tasks_path: Path) -> int:
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} exists. Give another --output, or --overwrite.")
     # Loading lm-eval takes seconds; bad arguments have been told by now.
-    from lm_eval.utils import setup_logging, simple_parse_args_string
+    from lm_eval.utils import setup_logging
 
     from spade_eval.fit.documents import load_tasks
     from spade_eval.fit.work import write_json
+    from spade_eval.lens import LinearLens
     from spade_eval.lm.exit import DEFAULTS
     from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds
     from spade_eval.sweep.grid import Ask
     from spade_eval.sweep.lm import SweepLM
     from spade_eval.sweep.run import require_scored
 
-    model_args: dict[str, Any] = simple_parse_args_string(args.model_args)
+    model_args = model_arguments(args)
     if "threshold" in model_args:
         raise UserError("--model_args threshold=...: it is what will be found. Leave it out.")
     rule = {**DEFAULTS, "readout": "spade"}
@@ -103,13 +101,9 @@ def main(argv: list[str], tasks_path: Path) -> int:
         raise UserError("lens=identity goes with readout=lens: the logit lens's own exits.")
     setup_logging()
     keep_freed_blocks()
-    include = [tasks_path, args.include_path] if args.include_path else tasks_path
-    tasks = load_tasks(tuple(args.tasks.split(",")), include)
+    names = tuple(args.tasks.split(","))
+    tasks = load_tasks(names, include_paths(args, tasks_path))
     require_scored(tasks)
-    if args.device is not None:
-        model_args["device"] = args.device
-    from spade_eval.lens import LinearLens
-
     maps = [] if lens is None or identity else [("lens", LinearLens.from_pretrained(lens))]
     kind = "logit_lens" if identity else maps[0][1].config.decoder if maps else "l_spade"
     ask = Ask(
@@ -127,8 +121,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         **{"batch_size": args.batch_size, **model_args},
     )  # fmt: skip
     settings = CalibrateSettings(
-        output=args.output,
-        tasks=tuple(args.tasks.split(",")),
+        tasks=names,
         split=args.split,
         max_drop=args.max_drop,
         confidence=args.confidence,
@@ -137,8 +130,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         num_fewshot=args.num_fewshot,
         apply_chat_template=args.apply_chat_template,
     )
-    command = shlex.join(["spade-eval", "calibrate", *argv])
-    found, curve = calibrate(lm, tasks, settings, command)
+    found, curve = calibrate(lm, tasks, settings, command_line("calibrate", argv))
     print(report(found, curve, settings))
     if found is None:
         return 1

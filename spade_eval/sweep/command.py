@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from spade_eval.arguments import Parser
+from spade_eval.arguments import (
+    Parser,
+    add_place,
+    command_line,
+    include_paths,
+    layer_numbers,
+    model_arguments,
+)
 from spade_eval.errors import UserError
 from spade_eval.exits import CONFIDENCES
 from spade_eval.fit.memory import keep_freed_blocks
@@ -15,6 +20,8 @@ from spade_eval.sweep.grid import DECODERS, Ask, thresholds
 from spade_eval.sweep.settings import SweepSettings, check_output
 
 if TYPE_CHECKING:
+    import argparse
+
     import pandas as pd
 
 _EPILOG = """\
@@ -27,8 +34,6 @@ examples:
   accelerate launch -m spade_eval sweep ...
 """
 
-_ONCE = ("--resume", "--overwrite")  # about this run, not about the table
-
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
@@ -37,8 +42,6 @@ def parser() -> argparse.ArgumentParser:
         description="Every decoder at every layer, and every threshold, from one pass over each "
         "task; metrics are lm-eval's own.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     p.add_argument("--tasks", required=True, help="lm-eval tasks that score, a,b,c")
     p.add_argument("--output", required=True, type=Path, help="folder of the table")
@@ -74,8 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--apply_chat_template", action="store_true", help="as in lm_eval")
     p.add_argument("--log_samples", action="store_true", help="also write every log-likelihood")
     p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
-    p.add_argument("--device", help="as in lm_eval: cpu, cuda, cuda:0, mps")
-    p.add_argument("--include_path", type=Path, help="folder of further lm-eval tasks")
+    add_place(p)
     p.add_argument("--seed", type=int, default=1234, help="of few-shot examples (default: 1234)")
     p.add_argument("--resume", action="store_true", help="go on with a sweep that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace the table that is there")
@@ -126,7 +128,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
     settings = settings_of(args)
     check_output(settings, args.resume, args.overwrite)
     # Loading lm-eval takes seconds; bad arguments have been told by now.
-    from lm_eval.utils import setup_logging, simple_parse_args_string
+    from lm_eval.utils import setup_logging
 
     from spade_eval.fit.documents import load_tasks
     from spade_eval.sweep.lm import SweepLM
@@ -134,16 +136,12 @@ def main(argv: list[str], tasks_path: Path) -> int:
 
     setup_logging()
     keep_freed_blocks()
-    include = [tasks_path, args.include_path] if args.include_path else tasks_path
-    tasks = load_tasks(settings.tasks, include)
+    tasks = load_tasks(settings.tasks, include_paths(args, tasks_path))
     require_scored(tasks)
-    model_args: dict[str, Any] = simple_parse_args_string(settings.model_args)
-    if args.device is not None:
-        model_args["device"] = args.device
     lm = SweepLM(
         ask=settings.ask,
         maps=settings.lenses,
-        **{"batch_size": settings.batch_size, **model_args},
+        **{"batch_size": settings.batch_size, **model_arguments(args)},
     )
     found = sweep(
         lm,
@@ -151,7 +149,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         settings,
         resume=args.resume,
         overwrite=args.overwrite,
-        command=shlex.join(["spade-eval", "sweep", *(a for a in argv if a not in _ONCE)]),
+        command=command_line("sweep", argv),
     )
     if found is not None:
         print(summary(found))
@@ -188,15 +186,7 @@ def layers(text: str) -> tuple[int, ...] | None:
     """
     if text == "all":
         return None
-    try:
-        if ":" in text:
-            found = tuple(range(*(int(part) for part in text.split(":"))))
-        else:
-            found = tuple(int(part) for part in text.split(","))
-    except (ValueError, TypeError) as err:
-        raise UserError(
-            f"layers={text!r}: write FROM:TO:STEP (TO excluded), a list such as 4,8,12, or all."
-        ) from err
+    found = tuple(layer_numbers(text))
     if not found:
         raise UserError(f"layers={text!r} names no layer.")
     return found

@@ -124,7 +124,7 @@ class Grid:
         """The readings that the table has: the model itself, then by decoder and layer."""
         shown = [r for r in self.readings if r.layer in self.layers]
         full = self.readings[0]
-        kinds = list(dict.fromkeys((r.decoder, r.lens) for r in shown[0:] if r != full))
+        kinds = list(dict.fromkeys((r.decoder, r.lens) for r in shown if r != full))
         rows = [full]
         for decoder, lens in kinds:
             rows += [r for r in shown if (r.decoder, r.lens) == (decoder, lens)]

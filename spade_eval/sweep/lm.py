@@ -19,7 +19,7 @@ from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM
 from spade_eval.lm.exit import first_tokens
 from spade_eval.sweep.batch import Found, Reader, watched
-from spade_eval.sweep.exits import decided_values, exit_layers, follow
+from spade_eval.sweep.exits import Exits, decided_values, exit_layers, follow
 from spade_eval.sweep.grid import DECODERS, IDENTITY, LENSES, Ask, Exit, Grid, Reading, grid, key
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from spade_eval.exits import Scope
     from spade_eval.lm.base import TokenRequest
     from spade_eval.sweep.store import Store
-
-Cell = Reading | Exit
 
 
 @dataclass
@@ -100,7 +98,6 @@ class SweepLM(SpadeLM):
     ):
         self.ask = ask or Ask()
         self._spade = Spade(positions=positions)
-        self._positions = positions
         asked = self.ask.decoders
         if not maps and pretrained is None and (asked is None or "l_spade" in asked):
             maps = [("default", lenses.DEFAULT_LENS)]
@@ -118,14 +115,12 @@ class SweepLM(SpadeLM):
             self.backbone, self.grid, by_reading, {**keys, IDENTITY: (IDENTITY, "")}, self._spade,
             self.softmax_dtype or torch.float32,
         )  # fmt: skip
-        self._head = self.prices.head
         self._whole_texts = False
         self._choices: dict[int, list[int]] = {}
         self.collected: Collected | None = None
 
     def _check_config(self, n_layers: int) -> None:
-        loaded = {k: (name, lens) for k, (name, lens) in self.maps.items()}
-        grid(self.ask, n_layers, loaded)
+        grid(self.ask, n_layers, self.maps)
 
     def begin(self, store: Store) -> Collected:
         """Collect what comes from here on."""
@@ -204,14 +199,18 @@ class SweepLM(SpadeLM):
         self, into: Collected, batch: Batch, found: Found, at: NDArray[np.int64]
     ) -> None:
         n_layers = self.backbone.n_layers
-        followed: dict[tuple[Any, ...], Any] = {}
+        values: dict[tuple[Any, ...], NDArray[np.float32]] = {}
+        followed: dict[tuple[Any, ...], Exits] = {}
+        decisions = {s: decide(batch, s) for s in set(map(self.scope, self.grid.exits))}
         at_start = batch.scored_positions[batch.read_at] == 0
         for number, exit_ in enumerate(self.grid.exits, len(self.grid.readings)):
             scope, rule = self.scope(exit_), exit_.rule
-            who = decide(batch, scope)
-            candidates = self.grid.candidates[exit_.lens]
-            values = decided_values(who, at, found.confidences[exit_.lens, rule.confidence])
-            layers = exit_layers(values, candidates, rule, n_layers)
+            who, candidates = decisions[scope], self.grid.candidates[exit_.lens]
+            # What all thresholds share.
+            measured = exit_.lens, rule.confidence
+            if (*measured, scope) not in values:
+                values[(*measured, scope)] = decided_values(who, at, found.confidences[measured])
+            layers = exit_layers(values[(*measured, scope)], candidates, rule, n_layers)
             # Rules that decide alike move the same tokens.
             same = (scope, candidates, rule.never, layers.tobytes())
             if same not in followed:
@@ -268,7 +267,7 @@ class SweepLM(SpadeLM):
         lens = None if exit_.lens == IDENTITY else self.maps[exit_.lens][1]
         return lenses.prices(
             self.backbone.n_layers,
-            self._head,
+            self.prices.head,
             lens,
             exit_.rule.confidence,
             self.backbone.operations,
@@ -279,7 +278,7 @@ class SweepLM(SpadeLM):
             k: lenses.describe(lens, self._sources.get(name))
             for k, (name, lens) in self.maps.items()
         }
-        return {"decoder": "sweep", "positions": self._positions, "lenses": found}
+        return {"decoder": "sweep", "positions": self._spade.positions, "lenses": found}
 
 
 def _load(

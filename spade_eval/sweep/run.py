@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from spade_eval.sweep.lm import Collected, SweepLM
     from spade_eval.sweep.settings import SweepSettings
 
-log = logging.getLogger(__name__)
-
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
 
@@ -113,11 +111,11 @@ def sweep(
         if lm.rank == 0:
             fixed = {"model": lm._model_source, "adapter": lm.peft or "", "task": name}
             rows += [{**fixed, **row, "seconds": round(seconds, 3)} for row in found]
-            about[name] = _about(task, collected, lm, seconds)
+            about[name] = _about(task, lm, seconds)
         if settings.log_samples:
             samples.append(_samples(lm, name, task, collected))
     if settings.log_samples:
-        samples = _gathered(lm, samples)
+        samples = [frame for part in lm.gather_object(samples) or [] for frame in part]
     if lm.rank != 0:
         return None
     whole = table.frame(rows)
@@ -215,13 +213,7 @@ def _samples(lm: SweepLM, name: str, task: Any, collected: Collected) -> pd.Data
     return pd.concat(found, ignore_index=True)
 
 
-def _gathered(lm: SweepLM, samples: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The samples of all processes, each request once."""
-    parts = lm.gather_object(samples) or []
-    return [frame for part in parts for frame in part]
-
-
-def _about(task: Any, collected: Collected, lm: SweepLM, seconds: float) -> dict[str, Any]:
+def _about(task: Any, lm: SweepLM, seconds: float) -> dict[str, Any]:
     return {
         "version": task.VERSION if task.VERSION is not None else task.get_config("metadata"),
         "num_fewshot": task.get_config("num_fewshot"),
