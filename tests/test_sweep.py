@@ -261,6 +261,23 @@ def test_the_files_hold_the_table(tmp_path: Path) -> None:
     assert not (tmp_path / ".out.sweep").exists()
 
 
+def test_the_record_is_about_each_task_and_each_lens(tmp_path: Path) -> None:
+    sources = {}
+    for name, made in MAPS:
+        folder = tmp_path / f"{made.config.decoder}-{name}"
+        made.save_pretrained(folder)
+        sources[str(folder)] = name
+    few = settings(tmp_path).ask
+    maps = [(name, folder) for folder, name in sources.items()]
+    lm = build(SweepLM, ask=few, maps=maps, max_length=40)
+    run(tmp_path / "out", lm=lm)
+    record = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert {about["lens"] for about in record["sweep"]["lenses"].values()} == set(sources)
+    each = [about["truncated_requests"] for about in record["tasks"].values()]
+    assert min(each[:1]) > 0  # the questions are longer than 40 tokens
+    assert sum(each) == lm.account.truncated_requests
+
+
 # ---------------------------------------------------------------- stopped and resumed
 
 

@@ -102,7 +102,7 @@ class SweepLM(SpadeLM):
         if not maps and pretrained is None and (asked is None or "l_spade" in asked):
             maps = [("default", lenses.DEFAULT_LENS)]
         self.maps = _load(maps)
-        self._sources = dict(maps)
+        self._sources = {k: source for k, (_, source) in zip(self.maps, maps, strict=True)}
         super().__init__(pretrained, **kwargs)
         self.maps = {
             k: (name, lenses.fit_to(lens, self.backbone, name, force_lens))
@@ -274,10 +274,7 @@ class SweepLM(SpadeLM):
         )
 
     def _settings(self) -> dict[str, object]:
-        found = {
-            k: lenses.describe(lens, self._sources.get(name))
-            for k, (name, lens) in self.maps.items()
-        }
+        found = {k: lenses.describe(lens, self._sources[k]) for k, (_, lens) in self.maps.items()}
         return {"decoder": "sweep", "positions": self._spade.positions, "lenses": found}
 
 

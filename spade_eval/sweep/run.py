@@ -104,6 +104,7 @@ def sweep(
     begin = time.perf_counter()
     for name, task in tasks.items():
         configure(task, settings)
+        truncated = lm.account.truncated_requests
         folder = settings.work / re.sub(r"[^\w.-]+", "_", name)
         collected = compute(lm, name, task, folder, settings)
         seconds = max(lm.gather_object(collected.seconds) or [0.0])
@@ -111,7 +112,7 @@ def sweep(
         if lm.rank == 0:
             fixed = {"model": lm._model_source, "adapter": lm.peft or "", "task": name}
             rows += [{**fixed, **row, "seconds": round(seconds, 3)} for row in found]
-            about[name] = _about(task, lm, seconds)
+            about[name] = _about(task, seconds, lm.account.truncated_requests - truncated)
         if settings.log_samples:
             samples.append(_samples(lm, name, task, collected))
     if settings.log_samples:
@@ -213,12 +214,12 @@ def _samples(lm: SweepLM, name: str, task: Any, collected: Collected) -> pd.Data
     return pd.concat(found, ignore_index=True)
 
 
-def _about(task: Any, lm: SweepLM, seconds: float) -> dict[str, Any]:
+def _about(task: Any, seconds: float, truncated: int) -> dict[str, Any]:
     return {
         "version": task.VERSION if task.VERSION is not None else task.get_config("metadata"),
         "num_fewshot": task.get_config("num_fewshot"),
         "higher_is_better": task.higher_is_better(),
-        "truncated_requests": lm.account.truncated_requests,
+        "truncated_requests": truncated,
         "seconds": round(seconds, 3),
     }
 
