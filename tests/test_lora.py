@@ -642,7 +642,12 @@ def test_a_folder_with_other_files_is_not_replaced(
 
 def test_bf16_is_chosen_by_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for has, fast in (({"amx_bf16": True}, True), ({"amx_bf16": False}, False), ({}, False)):
+    for has, fast in (
+        ({"amx_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_f": True}, False),
+        ({}, False),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
         assert bf16_is_fast(cpu) is fast
     assert not bf16_is_fast(torch.device("mps"))
