@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-
 UNITS = ("amx_bf16", "avx512_bf16")  # as torch.cpu.get_capabilities names them
 
 
