@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -366,31 +365,6 @@ def test_killed_and_resumed_the_lens_is_the_same(text: Path, saved: Path, tmp_pa
 @pytest.mark.slow
 def test_killed_twenty_times_and_resumed(text: Path, saved: Path, tmp_path: Path) -> None:
     kill_and_resume(20, text, saved, tmp_path, seed=time.time_ns())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["l_spade", "tuned_lens"])
-def test_two_processes_fit_what_one_does(
-    decoder: str, text: Path, saved: Path, tmp_path: Path
-) -> None:
-    for name, count in [("one", 1), ("two", 2)]:
-        argv = arguments(
-            tmp_path / name, saved, "--text", str(text), "--layers", "1,2,3", decoder=decoder
-        )
-        launch = [*("--num_processes", str(count), "--num_machines", "1"), "--cpu"]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "spade_eval"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *argv]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("Lens:") == 1  # one process speaks
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
-    same = ("documents", "n_positions", "tokens", "layers", "fingerprint")
-    told = [{k: config(tmp_path / name)[k] for k in same} for name in ("one", "two")]
-    assert told[0] == told[1]
 
 
 # ---------------------------------------------------------------- what is there already

@@ -20,19 +20,17 @@ from spade_eval.cli import main
 from spade_eval.errors import UserError
 from spade_eval.report import build
 from spade_eval.report.compute import Curve, curves
+from spade_eval.report.cost_tables import equal_compute, speed
 from spade_eval.report.figures import layer_figure, sweep_figures
-from spade_eval.report.formats import latex, markdown, number
+from spade_eval.report.formats import Table, latex, markdown, number
 from spade_eval.report.spaces import States, components, probe, read_states
 from spade_eval.report.sweeps import Sweep, by_model, read_sweep, slug
 from spade_eval.report.tables import (
-    Table,
-    equal_compute,
     exit_tables,
     first_layers,
     generalisation,
     layer_tables,
     leaderboard,
-    speed,
 )
 
 if TYPE_CHECKING:
@@ -416,6 +414,41 @@ def test_speed_at_no_loss_and_at_one_point(tmp_path: Path) -> None:
     budgets = equal_compute(sweep).frame.set_index("decoder")
     assert budgets.loc["SPADE-EXIT", "1.20x"] == pytest.approx(0.70)
     assert math.isnan(budgets.loc["SPADE-EXIT", "2.00x"])
+
+
+def test_settings_chosen_on_other_documents(tmp_path: Path) -> None:
+    rule = {"confidence": "entropy", "exit_scope": "context", "readout": "spade"}
+
+    def swept(name: str, split: str, values: dict[float, float], **about: Any) -> Path:
+        cells = [cell("full", "arc", 0.70, layer=12)]
+        for t, value in values.items():
+            more: dict[str, Any] = {"threshold": t, "token_layer_ratio": 1 / (1 + t), **rule}
+            cells.append(cell("spade_exit", "arc", value, **more))
+        cells.append(cell("spade", "arc", values[0.5], layer=6, token_layer_ratio=0.5))
+        tasks = {"arc": {"split": split}}
+        return sweep_folder(tmp_path / name, pd.DataFrame(cells, columns=COLUMNS), tasks=tasks)
+
+    test = swept("test", "test", {0.5: 0.62, 1.0: 0.71, 1.5: 0.72, 2.0: 0.50})
+    other = swept("validation", "validation", {0.5: 0.71, 1.0: 0.69, 1.5: 0.60, 2.5: 0.40})
+    frame = speed(*(read_sweep(folder)[0] for folder in (test, other))).frame.set_index("decoder")
+    exits = frame.loc["SPADE-EXIT"]
+    # The validation documents say 0.5 and 1.0; the test's own best would be 1.5.
+    assert exits["no loss, at"] == "threshold 0.5"
+    assert exits["no loss"] == pytest.approx(1.5)
+    assert exits["no loss, - full"] == pytest.approx(-0.08)
+    assert exits["1 point, at"] == "threshold 1"
+    assert exits["1 point, - full"] == pytest.approx(0.01)
+    assert frame.loc["SPADE", "no loss, at"] == "layer 6"
+    build.make_report([test], tmp_path / "out", [other])
+    note = (tmp_path / "out/tables/speed-tiny.md").read_text()
+    assert f"chosen on other documents, {other}" in note
+
+    with pytest.raises(UserError, match=r"same documents as .*test \(arc: test\)"):
+        build.make_report([test], tmp_path / "out", [other, test])
+    cells = pd.DataFrame([cell("full", "arc", 0.7, layer=12, model="big")], columns=COLUMNS)
+    bigger = sweep_folder(tmp_path / "big", cells)
+    with pytest.raises(UserError, match=r"no sweep of tiny in .*big, only of big"):
+        build.make_report([test], tmp_path / "out", [bigger])
 
 
 def test_generalisation(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
+from spade_eval.report.spaces import read_states
 from spade_eval.sweep import table
 from spade_eval.sweep.command import layers, named
 from spade_eval.sweep.grid import IDENTITY, Ask, Reading, grid, thresholds
@@ -278,6 +279,53 @@ def test_the_record_is_about_each_task_and_each_lens(tmp_path: Path) -> None:
     assert sum(each) == lm.account.truncated_requests
 
 
+def test_the_kept_states_are_the_models_where_contexts_end(tmp_path: Path) -> None:
+    few = ask(scopes=("context",), layers=(2,), decoders=("logit_lens",), thresholds=())
+    lm = build(SweepLM, ask=few, max_length=255)
+    run(tmp_path / "out", lm=lm, ask=few, keep_states=True)
+    assert [p.name for p in (tmp_path / "out").glob("states_*")] == [
+        f"states_{TASKS[0]}.safetensors"
+    ]
+    kept = read_states(tmp_path / "out" / f"states_{TASKS[0]}.safetensors")
+    task = load_tasks([TASKS[0]], tasks_path())[TASKS[0]]
+    docs = list(task.eval_docs)[:3]
+    assert kept.labels.tolist() == [task.doc_to_target(doc) for doc in docs]
+    assert kept.states.shape == (LAYERS + 1, 3, 32)
+    network = model("llama")
+    for n, doc in enumerate(docs):
+        ids = torch.tensor([lm.tok_encode(task.doc_to_text(doc))])
+        with torch.no_grad():
+            own = network(ids, output_hidden_states=True).hidden_states
+        ours = torch.from_numpy(kept.states[:, n])
+        for layer in range(LAYERS):
+            torch.testing.assert_close(ours[layer], own[layer][0, -1], atol=2e-3, rtol=2e-3)
+        normed = network.model.norm(ours[LAYERS])  # transformers gives the last one normalised
+        torch.testing.assert_close(normed, own[LAYERS][0, -1], atol=4e-3, rtol=4e-3)
+
+
+def test_a_split_takes_its_documents(tmp_path: Path) -> None:
+    few = ask(scopes=("context",), layers=(2,), decoders=("logit_lens",), thresholds=())
+    found = {}
+    for split in (None, "test", "validation"):
+        lm = build(SweepLM, ask=few, max_length=255)
+        run(tmp_path / f"{split}", TASKS[:1], lm, ask=few, split=split, log_samples=True)
+        samples = pd.read_parquet(tmp_path / f"{split}" / "samples.parquet")
+        found[split] = samples["loglikelihood"].tolist()
+        record = json.loads((tmp_path / f"{split}" / "sweep.json").read_text())
+        assert record["tasks"][TASKS[0]]["split"] == (split or "test")
+    assert found[None] == found["test"]
+    assert found["test"] != found["validation"]
+    task = load_tasks(TASKS[:1], tasks_path())[TASKS[0]]
+    rows = list(task.validation_docs())[:3]
+    lm = build(LogitLensLM, layer=LAYERS, max_length=255)
+    pairs = [
+        (task.doc_to_text(row), f" {choice}") for row in rows for choice in task.doc_to_choice(row)
+    ]
+    theirs = [value for value, _ in lm.loglikelihood(instances(pairs))]
+    full = samples[samples["decoder"] == "full"]["loglikelihood"]
+    np.testing.assert_allclose(full, theirs, atol=ATOL)
+
+
 # ---------------------------------------------------------------- stopped and resumed
 
 
@@ -289,7 +337,7 @@ class Killed(BaseException):
 def test_a_killed_sweep_goes_on_and_ends_the_same(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(tmp_path / "whole").drop(columns="seconds")
+    whole = run(tmp_path / "whole", keep_states=True).drop(columns="seconds")
     kept, keep = [], Store.keep
 
     def dying(self: Store, path: Path, *args: Any) -> None:
@@ -303,11 +351,13 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "keep", dying)
         with pytest.raises(Killed):
-            run(tmp_path / "out")
+            run(tmp_path / "out", keep_states=True)
     if kept:
         kept[-1].write_bytes(kept[-1].read_bytes()[:100])  # the disk was full
-    again = run(tmp_path / "out", resume=True).drop(columns="seconds")
+    again = run(tmp_path / "out", keep_states=True, resume=True).drop(columns="seconds")
     pd.testing.assert_frame_equal(whole, again)
+    one, other = (tmp_path / name / f"states_{TASKS[0]}.safetensors" for name in ("whole", "out"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.slow

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from spade_eval.report.formats import Table
     from spade_eval.report.runs import Run
     from spade_eval.report.styles import Plot
     from spade_eval.report.sweeps import Sweep
-    from spade_eval.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,24 @@ class Made:
     remarks: list[str]
 
 
-def make_report(inputs: Sequence[Path], output: Path) -> Made:
+def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] = ()) -> Made:
     """Write tables/, figures/ and report.html.
 
     Args:
         inputs: Folders of `spade-eval sweep`, results files or folders of lm-eval, or folders that
             hold such.
         output: Folder of the report; files of the same names in it are replaced.
+        chosen_on: Folders of sweeps of other documents, on which settings are chosen.
 
     Raises:
         UserError: An input is missing, damaged, or something else; `output` cannot be written.
     """
     sweeps, runs = _read(inputs)
+    choosers = _choosers(chosen_on, sweeps)
     sweeps, remarks = by_model(sweeps)
     tables: list[Table] = [leaderboard(runs, sweeps)]
     for sweep in sweeps:
-        tables += sweep_tables(sweep)
+        tables += sweep_tables(sweep, choosers.get(sweep.model))
     tables = [table for table in tables if not table.frame.empty]
     for table in tables:
         write_table(table, output / "tables")
@@ -88,6 +90,34 @@ def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run]]:
             sweeps += read_sweep(folder)
         runs += [read_run(file)[0] for file in files]
     return sweeps, runs
+
+
+def _choosers(paths: Sequence[Path], sweeps: Sequence[Sweep]) -> dict[str, Sweep]:
+    """Sweeps on which settings are chosen, by model.
+
+    Raises:
+        UserError: There are none of a model, or they are of the documents that are reported.
+    """
+    if not paths:
+        return {}
+    read = _read(paths)[0]
+    found = {sweep.model: sweep for sweep in by_model(read)[0]}
+    for sweep in sweeps:
+        if sweep.model not in found:
+            raise UserError(
+                f"--chosen-on: no sweep of {sweep.model} in {', '.join(map(str, paths))}, only of "
+                f"{', '.join(found) or 'no model'}. Sweep its validation documents: spade-eval "
+                "sweep --split validation."
+            )
+        for other in read:
+            same = sorted(other.splits.items() & sweep.splits.items())
+            if other.model == sweep.model and same:
+                raise UserError(
+                    f"--chosen-on: {other.source} is of the same documents as {sweep.source} "
+                    f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
+                    "spade-eval sweep --split."
+                )
+    return found
 
 
 def _figures(sweep: Sweep) -> Iterator[Plot]:

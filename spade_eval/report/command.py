@@ -52,13 +52,23 @@ def report_main(argv: list[str]) -> int:
         help="folder of `spade-eval sweep`, or results of lm-eval (file or folder)",
     )
     p.add_argument("--output", required=True, type=Path, help="folder of the report")
+    p.add_argument(
+        "--chosen-on",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="SWEEP",
+        help="choose thresholds and layers on these sweeps of other documents (spade-eval sweep "
+        "--split validation), and report what they save and lose on the inputs' (default: on the "
+        "inputs themselves, which gives upper bounds)",
+    )
     args = p.parse_args(argv)
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output} is a file; a report is a folder.")
 
     from spade_eval.report.build import make_report
 
-    made = make_report(args.inputs, args.output.expanduser())
+    made = make_report(args.inputs, args.output.expanduser(), args.chosen_on)
     for remark in made.remarks:
         print(f"note: {remark}", file=sys.stderr)
     print(f"Report: {args.output / 'report.html'} ({made.tables} tables, {made.figures} figures)")

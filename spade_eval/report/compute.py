@@ -71,6 +71,13 @@ class Curve:
         kept = self.points[(self.losses() <= loss + 1e-9) & self.points["gain"].notna()]
         return None if kept.empty else kept.loc[kept["gain"].idxmax()]
 
+    def at(self, setting: float) -> pd.Series | None:
+        """The point at a layer or a threshold; None if there is none."""
+        found = self.points[
+            np.isclose(self.points["layer" if self.by_layer else "threshold"], setting)
+        ]
+        return None if found.empty else found.iloc[0]
+
 
 def curves(cells: pd.DataFrame) -> Iterator[tuple[str, str, str, Curve]]:
     """All curves of one model.

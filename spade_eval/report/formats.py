@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -16,7 +17,22 @@ with needs_report_extra():
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from spade_eval.report.tables import Table
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        name: Stem of its files.
+        title: What it shows.
+        note: How its numbers came about.
+        frame: The numbers; a column "± x" holds the standard errors of the column x before it.
+    """
+
+    name: str
+    title: str
+    note: str
+    frame: pd.DataFrame
 
 
 def write_table(table: Table, folder: Path) -> None:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from spade_eval.report.formats import Table
     from spade_eval.report.styles import Plot
     from spade_eval.report.sweeps import Sweep
-    from spade_eval.report.tables import Table
 
 _PAGED = 12  # rows above which a table gets pages and a search field
 _PIXELS = 120  # per inch of a figure, on a screen of the common density

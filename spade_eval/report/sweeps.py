@@ -63,6 +63,17 @@ class Sweep:
         """The model's name."""
         return str(self.cells["model"].iloc[0])
 
+    @property
+    def splits(self) -> dict[str, str]:
+        """Whose documents were swept, by task, as far as sweep.json tells."""
+        tasks = self.about.get("tasks")
+        known = tasks.items() if isinstance(tasks, dict) else ()
+        return {
+            name: str(about["split"])
+            for name, about in known
+            if isinstance(about, dict) and about.get("split")
+        }
+
 
 def is_sweep(folder: Path) -> bool:
     """Whether a folder holds a sweep table."""

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 
 from spade_eval.report.compute import curves
+from spade_eval.report.cost_tables import equal_compute, speed
+from spade_eval.report.formats import Table
 from spade_eval.report.sweeps import (
     FULL,
     decoder_name,
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from spade_eval.report.runs import Run
     from spade_eval.report.sweeps import Sweep
 
-BUDGETS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0)
-"""Token-layer gains at which decoders are compared."""
-
 _EXIT_COLUMNS = [
     "decoder",
     "rule",
@@ -44,25 +43,13 @@ _EXIT_COLUMNS = [
 _SETTING = ["layer", "threshold", "confidence", "exit_scope", "readout"]
 
 
-@dataclass(frozen=True)
-class Table:
-    """One table.
+def sweep_tables(sweep: Sweep, chosen_on: Sweep | None = None) -> list[Table]:
+    """All tables of one model.
 
-    Attributes:
-        name: Stem of its files.
-        title: What it shows.
-        note: How its numbers came about.
-        frame: The numbers; a column "± x" holds the standard errors of the column x before it.
+    Args:
+        sweep: Its cells.
+        chosen_on: Cells of other documents, on which settings are chosen.
     """
-
-    name: str
-    title: str
-    note: str
-    frame: pd.DataFrame
-
-
-def sweep_tables(sweep: Sweep) -> list[Table]:
-    """All tables of one model."""
     found = [*layer_tables(sweep), *exit_tables(sweep)]
     for matrix in generalisation(sweep):
         found.append(
@@ -73,7 +60,7 @@ def sweep_tables(sweep: Sweep) -> list[Table]:
                 matrix.frame.rename_axis("trained on").reset_index(),
             )
         )
-    found += [first_layers(sweep), equal_compute(sweep), speed(sweep)]
+    found += [first_layers(sweep), equal_compute(sweep), speed(sweep, chosen_on)]
     return [table for table in found if not table.frame.empty]
 
 
@@ -216,52 +203,6 @@ def first_layers(sweep: Sweep) -> Table:
         "get there by luck: from the layer under 'from then on' all swept layers do.",
         pd.DataFrame(rows),
     )
-
-
-def equal_compute(sweep: Sweep) -> Table:
-    """Value of each decoder and exit rule at common token-layer gains."""
-    rows = [
-        _curve_cells(adapter, task, metric, curve.decoder, curve.rule)
-        | dict(zip((f"{ratio:.2f}x" for ratio in BUDGETS), curve.at_ratios(BUDGETS), strict=True))
-        for adapter, task, metric, curve in curves(sweep.cells)
-        if curve.points["gain"].notna().any()
-    ]
-    frame = pd.DataFrame(rows)
-    return Table(
-        slug("equal-compute", sweep.model),
-        f"{sweep.model}: value at equal compute",
-        "Columns are token-layer gains (1.20x: the full model computes 1.2 times as much), tails "
-        "and checks counted. Between settings the line in cost, 1 / gain, is taken, which a "
-        "choice by lot reaches; empty out of a decoder's reach.",
-        frame.dropna(axis="columns", how="all") if rows else frame,
-    )
-
-
-def speed(sweep: Sweep) -> Table:
-    """The best token-layer gain at no loss and at one point of loss, of accuracies."""
-    rows = []
-    for adapter, task, metric, curve in curves(sweep.cells):
-        if lower_is_better(metric) or not curve.points["gain"].notna().any():
-            continue
-        cells: dict[str, Any] = _curve_cells(adapter, task, metric, curve.decoder, curve.rule)
-        setting = "layer" if curve.by_layer else "threshold"
-        for label, loss in (("no loss", 0.0), ("1 point", 0.01)):
-            point = curve.fastest(loss)
-            cells[label] = math.nan if point is None else point["gain"]
-            cells[f"{label}, at"] = "" if point is None else f"{setting} {point[setting]:g}"
-        rows.append(cells)
-    return Table(
-        slug("speed", sweep.model),
-        f"{sweep.model}: token-layer gain without loss and at one point of loss",
-        "Largest gain among the settings whose value is at most that much below the full model's. "
-        "They are chosen on the documents that they are measured on, so these are upper bounds; "
-        "empty where no setting keeps the accuracy.",
-        pd.DataFrame(rows),
-    )
-
-
-def _curve_cells(adapter: str, task: str, metric: str, decoder: str, rule: str) -> dict[str, Any]:
-    return {"task": task_name(task, adapter), "metric": metric, "decoder": decoder, "rule": rule}
 
 
 def leaderboard(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Table:

@@ -19,6 +19,7 @@ from spade_eval.answers import read
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Spade, States
 from spade_eval.exits import CONFIDENCES
+from spade_eval.sweep.contexts import LARGEST, ends
 from spade_eval.trace import climb
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ class Found:
         greedy: Whether the target is the most likely token, (C, N).
         confidences: By lens and confidence, (A, W): at its candidate layers, at the watched
             positions; NaN where there is none.
+        states: Where contexts end, at every layer, (L+1, K, d), fp16; None if not asked for.
     """
 
     logprobs: NDArray[np.float32]
     greedy: NDArray[np.bool_]
     confidences: dict[tuple[str, Name], NDArray[np.float32]] = field(default_factory=dict)
+    states: NDArray[np.float16] | None = None
 
 
 def watched(batch: Batch, scopes: Iterable[Scope]) -> Ints:
@@ -95,7 +98,11 @@ class Reader:
         )
 
     def read(
-        self, batch: Batch, scopes: Sequence[Scope], choices: Mapping[int, Sequence[int]]
+        self,
+        batch: Batch,
+        scopes: Sequence[Scope],
+        choices: Mapping[int, Sequence[int]],
+        keep_states: bool = False,
     ) -> Found:
         """Read a batch.
 
@@ -104,6 +111,7 @@ class Reader:
             scopes: Where exits decide.
             choices: For each request the first tokens of its context's continuations, for
                 `choice_entropy`.
+            keep_states: Whether the states where contexts end are wanted.
         """
         grid, n = self.grid, len(batch.read_at)
         found = Found(
@@ -112,12 +120,19 @@ class Reader:
         )
         watch = _Watch(self, batch, scopes, choices, found)
         depths = sorted({reading.layer for reading in grid.readings})
+        if keep_states:
+            depths = list(range(self.backbone.n_layers + 1))
+        at = torch.from_numpy(ends(batch))
+        states_at_ends: list[NDArray[np.float16]] = []
         pairs: list[tuple[int, States]] = []
         by_layer: dict[int, list[int]] = {}
         for index, reading in enumerate(grid.readings):
             by_layer.setdefault(reading.layer, []).append(index)
-        for states in climb(self.backbone, batch, depths):
-            for index in by_layer[states.layer]:  # type: ignore[index]  # climb gives integers
+        for layer, states in zip(depths, climb(self.backbone, batch, depths), strict=True):
+            if keep_states:
+                h = states.h[at.to(states.h.device)].float().clamp(-LARGEST, LARGEST)
+                states_at_ends.append(h.half().cpu().numpy())
+            for index in by_layer.get(layer, ()):
                 reading = grid.readings[index]
                 if reading.decoder in ("spade", "spade_nos"):
                     pairs.append((index, states))
@@ -127,7 +142,7 @@ class Reader:
         for start in ("spade", "spade_nos"):
             lanes = [(i, s) for i, s in pairs if grid.readings[i].decoder == start]
             self._tails(batch, start, lanes, found)
-        return found
+        return replace(found, states=np.stack(states_at_ends)) if keep_states else found
 
     def _tails(
         self, batch: Batch, name: str, lanes: list[tuple[int, States]], found: Found

@@ -14,7 +14,6 @@ from spade_eval.calibration import Calibration
 from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.exits import CONFIDENCES
-from spade_eval.fit.documents import rows_of
 from spade_eval.lens import LinearLens
 from spade_eval.lm import lenses
 from spade_eval.sweep.certify import certify, least_drop, p_values
@@ -105,7 +104,6 @@ def calibrate(
     accounts = [Account() for _ in lm.grid.exits]
     with tempfile.TemporaryDirectory() as folder:
         for name, task in tasks.items():
-            _use_split(name, task, settings.split)
             outcomes.append(_outcomes(lm, name, task, settings, Path(folder), accounts))
     right = np.concatenate(outcomes, axis=1)  # (1 + thresholds, documents)
     n = right.shape[1]
@@ -169,13 +167,6 @@ def _refuse_training_documents(
         log.warning("Calibrating on test documents: results on them are then no longer a test.")
 
 
-def _use_split(name: str, task: Any, split: str) -> None:
-    """Let lm-eval take a split's documents where it takes the test's."""
-    rows = rows_of(name, task, split)
-    task.has_test_docs = lambda: True
-    task.test_docs = lambda: rows
-
-
 def _outcomes(
     lm: SweepLM,
     name: str,
@@ -192,11 +183,12 @@ def _outcomes(
     asked = SweepSettings(
         output=folder,
         tasks=(name,),
+        split=settings.split,
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
         apply_chat_template=settings.apply_chat_template,
     )
-    configure(task, asked)
+    configure(name, task, asked)
     collected = compute(lm, name, task, folder / name, asked)
     first = len(lm.grid.readings)
     for account, part in zip(accounts, collected.accounts[first:], strict=True):

@@ -72,10 +72,21 @@ def parser() -> argparse.ArgumentParser:
         help="NAME=FOLDER or hub id, several with commas (default: the default model's own)",
     )
     p.add_argument("--model_args", default="", help="as in lm_eval: pretrained=...,peft=...")
+    p.add_argument(
+        "--split",
+        choices=["train", "validation", "test"],
+        help="whose documents (default: those that the task evaluates)",
+    )
     p.add_argument("--limit", type=float, help="documents per task, as in lm_eval")
     p.add_argument("--num_fewshot", type=int, help="examples in the prompt, as in lm_eval")
     p.add_argument("--apply_chat_template", action="store_true", help="as in lm_eval")
     p.add_argument("--log_samples", action="store_true", help="also write every log-likelihood")
+    p.add_argument(
+        "--keep_states",
+        action="store_true",
+        help="also write the hidden states where the contexts of multiple-choice tasks end, at "
+        "every layer, for the report's components and probes",
+    )
     p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
     add_place(p)
     p.add_argument("--seed", type=int, default=1234, help="of few-shot examples (default: 1234)")
@@ -108,10 +119,12 @@ def settings_of(args: argparse.Namespace) -> SweepSettings:
         ask=ask,
         model_args=args.model_args,
         lenses=named(args.lens),
+        split=args.split,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
         apply_chat_template=args.apply_chat_template,
         log_samples=args.log_samples,
+        keep_states=args.keep_states,
         batch_size=args.batch_size,
         seed=args.seed,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,8 @@ from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM
 from spade_eval.lm.exit import first_tokens
 from spade_eval.sweep.batch import Found, Reader, watched
+from spade_eval.sweep.collected import Call, Collected
+from spade_eval.sweep.contexts import by_document
 from spade_eval.sweep.exits import Exits, decided_values, exit_layers, follow
 from spade_eval.sweep.grid import DECODERS, IDENTITY, LENSES, Ask, Exit, Grid, Reading, grid, key
 
@@ -33,43 +34,6 @@ if TYPE_CHECKING:
     from spade_eval.exits import Scope
     from spade_eval.lm.base import TokenRequest
     from spade_eval.sweep.store import Store
-
-
-@dataclass
-class Call:
-    """The answers to one call of lm-eval, or to one of whole texts.
-
-    Attributes:
-        instances: lm-eval's instance behind each of R requests; a text has one for each window.
-        logprobs: Sums over a request's reads, for each reading and then each exit, (C + E, R).
-        greedy: Whether all of them are the most likely tokens, (C + E, R).
-    """
-
-    instances: Sequence[Any]
-    logprobs: NDArray[np.float64]
-    greedy: NDArray[np.bool_]
-
-
-@dataclass
-class Collected:
-    """What a sweep collects on one task.
-
-    Attributes:
-        store: Where its batches are kept.
-        calls: Answers.
-        accounts: What a run of each cell alone would have computed, (C + E).
-        seconds: What all batches took when they were computed.
-    """
-
-    store: Store
-    calls: list[Call] = field(default_factory=list)
-    accounts: list[Account] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def answers(self, cell: int) -> bytes:
-        """What tells a cell's answers from another's."""
-        parts = [(c.logprobs[cell].tobytes(), c.greedy[cell].tobytes()) for c in self.calls]
-        return b"".join(part for pair in parts for part in pair)
 
 
 class SweepLM(SpadeLM):
@@ -122,10 +86,14 @@ class SweepLM(SpadeLM):
     def _check_config(self, n_layers: int) -> None:
         grid(self.ask, n_layers, self.maps)
 
-    def begin(self, store: Store) -> Collected:
+    def begin(self, store: Store, keep_states: bool = False) -> Collected:
         """Collect what comes from here on."""
         cells = len(self.grid.readings) + len(self.grid.exits)
-        self.collected = Collected(store, accounts=[Account() for _ in range(cells)])
+        self.collected = Collected(
+            store,
+            accounts=[Account() for _ in range(cells)],
+            states={} if keep_states else None,
+        )
         self._started: list[set[int]] = [set() for _ in range(cells)]
         return self.collected
 
@@ -133,11 +101,16 @@ class SweepLM(SpadeLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As in `SpadeLM`; every token decides for itself."""
+        # lm-eval asks again for the last text to keep processes in step. A text is all the windows
+        # of its instance, so it is scored once.
+        texts = list({id(request): request for request in requests}.values())
         self._whole_texts = True
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
+            values = super().loglikelihood_rolling(texts, disable_tqdm)
         finally:
             self._whole_texts = False
+        found = {id(text): value for text, value in zip(texts, values, strict=True)}
+        return [found[id(request)] for request in requests]
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
         asked = any(e.rule.confidence == "choice_entropy" for e in self.grid.exits)
@@ -168,12 +141,14 @@ class SweepLM(SpadeLM):
             # Which start tokens are computed together shows in the last bit: a batch must not
             # depend on whether those before it were computed or read.
             self.backbone.starts.clear()
-            found = self.reader.read(batch, scopes, self._choices)
+            found = self.reader.read(batch, scopes, self._choices, collected.states is not None)
             kept = found, time.perf_counter() - begin
             collected.store.keep(path, batch, *kept)
         found, seconds = kept
         collected.seconds += seconds
         self._collect(collected, batch, found, scopes)
+        if collected.states is not None and found.states is not None:
+            collected.states.update(by_document(batch, found.states, self._instances))
         n, no_tails = self.backbone.n_layers, np.zeros(len(batch.scored), dtype=bool)
         account.add(batch, self._source, self.prices, n, n, no_tails, 0)
         return Answers(found.logprobs[0].tolist(), found.greedy[0].tolist())

@@ -15,7 +15,8 @@ from lm_eval.evaluator import evaluate
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from spade_eval.sweep.lm import Call, SweepLM
+    from spade_eval.sweep.collected import Call
+    from spade_eval.sweep.lm import SweepLM
 
 
 class Replay(LM):
@@ -33,8 +34,8 @@ class Replay(LM):
         super().__init__()
         self._lm, self._rank, self._world_size = lm, lm.rank, lm.world_size
         self.cell = 0
-        # Windows of a text belong to one instance; an instance that was asked again to keep ranks
-        # in step counts once.
+        # A text's instance has a place for each window. Any other that was asked again, to keep
+        # processes in step, has several too: its first one counts.
         self._places: dict[int, tuple[Call, list[int]]] = {}
         for call in calls:
             owners: dict[int, list[int]] = {}

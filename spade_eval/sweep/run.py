@@ -20,9 +20,10 @@ from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
+from spade_eval.fit.documents import rows_of
 from spade_eval.fit.memory import peak_memory_mb
 from spade_eval.lm.cache import fingerprint
-from spade_eval.sweep import table
+from spade_eval.sweep import contexts, table
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.settings import CONFIG, TABLE, check_output
 from spade_eval.sweep.store import Store
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from spade_eval.sweep.lm import Collected, SweepLM
+    from spade_eval.sweep.collected import Collected
+    from spade_eval.sweep.lm import SweepLM
     from spade_eval.sweep.settings import SweepSettings
 
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
@@ -53,8 +55,13 @@ def require_scored(tasks: Mapping[str, Any]) -> None:
         )
 
 
-def configure(task: Any, settings: SweepSettings) -> None:
-    """Set a task up as lm-eval's command line does."""
+def configure(name: str, task: Any, settings: SweepSettings) -> None:
+    """Set a task up as lm-eval's command line does, with the documents of the asked split."""
+    if settings.split is not None:
+        rows = rows_of(name, task, settings.split)
+        # lm-eval evaluates the test's documents where there are any.
+        task.has_test_docs = lambda: True
+        task.test_docs = lambda: rows
     own = task.get_config("num_fewshot")
     if settings.num_fewshot is not None and own != 0:
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
@@ -100,21 +107,24 @@ def sweep(
     )
     rows: list[dict[str, Any]] = []
     samples: list[pd.DataFrame] = []
+    states: dict[str, Any] = {}
     about: dict[str, Any] = {}
     begin = time.perf_counter()
     for name, task in tasks.items():
-        configure(task, settings)
+        configure(name, task, settings)
         truncated = lm.account.truncated_requests
-        folder = settings.work / re.sub(r"[^\w.-]+", "_", name)
+        folder = settings.work / _file(name)
         collected = compute(lm, name, task, folder, settings)
         seconds = max(lm.gather_object(collected.seconds) or [0.0])
         found = _replay(lm, name, task, collected, settings)
         if lm.rank == 0:
             fixed = {"model": lm._model_source, "adapter": lm.peft or "", "task": name}
             rows += [{**fixed, **row, "seconds": round(seconds, 3)} for row in found]
-            about[name] = _about(task, seconds, lm.account.truncated_requests - truncated)
+            about[name] = _about(task, settings, seconds, lm.account.truncated_requests - truncated)
         if settings.log_samples:
             samples.append(_samples(lm, name, task, collected))
+        if collected.states is not None:
+            states[name] = _states(lm, task, collected)
     if settings.log_samples:
         samples = [frame for part in lm.gather_object(samples) or [] for frame in part]
     if lm.rank != 0:
@@ -135,13 +145,14 @@ def sweep(
         "settings": settings.describe(),
         "sweep": lm._settings(),
     }
-    _write(whole, samples, record, settings, overwrite)
+    _write(whole, samples, states, record, settings, overwrite)
     return whole
 
 
 def compute(lm: SweepLM, name: str, task: Any, folder: Path, settings: SweepSettings) -> Collected:
     """The pass that computes: every batch of a task, or what the store has of it."""
-    collected = lm.begin(Store(folder, (lm.rank, lm.world_size)))
+    keep_states = settings.keep_states and task.OUTPUT_TYPE == "multiple_choice"
+    collected = lm.begin(Store(folder, (lm.rank, lm.world_size)), keep_states)
     with quiet():
         evaluate(
             lm,
@@ -214,9 +225,27 @@ def _samples(lm: SweepLM, name: str, task: Any, collected: Collected) -> pd.Data
     return pd.concat(found, ignore_index=True)
 
 
-def _about(task: Any, seconds: float, truncated: int) -> dict[str, Any]:
+def _states(lm: SweepLM, task: Any, collected: Collected) -> tuple[dict[int, Any], dict[int, int]]:
+    """Of all processes: each document's states, and its right answer."""
+    instances = (i for call in collected.calls for i in call.instances)
+    own = collected.states or {}, contexts.right_answers(task, instances)
+    states: dict[int, Any] = {}
+    answers: dict[int, int] = {}
+    for some, right in lm.gather_object(own) or []:
+        states |= some
+        answers |= right
+    return states, answers
+
+
+def _file(task: str) -> str:
+    """A task's name as part of a file's."""
+    return re.sub(r"[^\w.-]+", "_", task)
+
+
+def _about(task: Any, settings: SweepSettings, seconds: float, truncated: int) -> dict[str, Any]:
     return {
         "version": task.VERSION if task.VERSION is not None else task.get_config("metadata"),
+        "split": settings.split or ("test" if task.has_test_docs() else "validation"),
         "num_fewshot": task.get_config("num_fewshot"),
         "higher_is_better": task.higher_is_better(),
         "truncated_requests": truncated,
@@ -232,6 +261,7 @@ def _versions() -> dict[str, str]:
 def _write(
     whole: pd.DataFrame,
     samples: list[pd.DataFrame],
+    states: Mapping[str, tuple[Any, Any]],
     record: dict[str, Any],
     settings: SweepSettings,
     overwrite: bool,
@@ -247,6 +277,8 @@ def _write(
     if samples:
         every = pd.concat(samples, ignore_index=True).drop_duplicates()
         table.write(every, ready, "samples", csv=False)
+    for name, found in states.items():
+        contexts.write(ready / f"states_{_file(name)}.safetensors", *found)
     work.write_json(ready / CONFIG, record)
     if overwrite and output.exists():
         shutil.rmtree(output)

@@ -27,10 +27,12 @@ class SweepSettings:
         ask: Decoders, layers, thresholds.
         model_args: As on the command line.
         lenses: (name, folder or hub id).
+        split: Whose documents are taken; None takes those that the task evaluates.
         limit: Documents per task, as lm-eval's `--limit`; None takes all.
         num_fewshot: Examples in the prompt; None is the task's own number.
         apply_chat_template: Whether prompts go through the model's chat template.
         log_samples: Whether each cell's log-likelihoods are written too.
+        keep_states: Whether the hidden states where contexts end are written too.
         batch_size: As in lm-eval.
         seed: For few-shot examples.
     """
@@ -40,10 +42,12 @@ class SweepSettings:
     ask: Ask = field(default_factory=Ask)
     model_args: str = ""
     lenses: tuple[tuple[str, str], ...] = ()
+    split: str | None = None
     limit: float | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     log_samples: bool = False
+    keep_states: bool = False
     batch_size: str = "16"
     seed: int = 1234
 

@@ -60,14 +60,17 @@ class Store:
         except (OSError, SafetensorError):
             return None
         logprobs, greedy = arrays.pop("logprobs"), arrays.pop("greedy")
+        states = arrays.pop("states", None)
         confidences = {tuple(name.rsplit(_SEPARATOR, 1)): a for name, a in arrays.items()}
-        return Found(logprobs, greedy, confidences), float(about["seconds"])
+        return Found(logprobs, greedy, confidences, states), float(about["seconds"])
 
     def keep(self, path: Path, batch: Batch, found: Found, seconds: float) -> None:
         """Write what was found in a batch."""
         self._folder.mkdir(parents=True, exist_ok=True)
         arrays = {"logprobs": found.logprobs, "greedy": found.greedy}
         arrays |= {_SEPARATOR.join(name): a for name, a in found.confidences.items()}
+        if found.states is not None:
+            arrays["states"] = found.states
         temporary = path.with_suffix(".part")
         save_file(arrays, temporary, metadata={"batch": digest(batch), "seconds": str(seconds)})
         temporary.rename(path)

@@ -1,0 +1,69 @@
+"""Hidden states where contexts end: what the report's figure of the space of answers is made of.
+
+One row per document of a multiple-choice task, at every layer, with the number of the right answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from spade_eval.decisions import decide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from spade_eval.batching import Batch, Ints
+
+LARGEST = float(np.finfo(np.float16).max)
+
+
+def ends(batch: Batch) -> Ints:
+    """Scored positions at which contexts end, (K,)."""
+    return decide(batch, "context").check_at
+
+
+def by_document(
+    batch: Batch, states: NDArray[np.float16], instances: Sequence[Any]
+) -> dict[int, NDArray[np.float16]]:
+    """Give each document the states of its first context.
+
+    Args:
+        batch: A batch with contexts that end at K positions.
+        states: Of these positions, (L+1, K, d).
+        instances: lm-eval's instance behind each request.
+    """
+    who = decide(batch, "context")
+    found: dict[int, NDArray[np.float16]] = {}
+    for k, request in enumerate(who.requests[who.check_of].tolist()):
+        found.setdefault(instances[request].doc_id, states[:, k])
+    return found
+
+
+def right_answers(task: Any, instances: Iterable[Any]) -> dict[int, int]:
+    """The number of each document's right answer; documents with several have none."""
+    found: dict[int, int] = {}
+    for instance in instances:
+        target = task.doc_to_target(instance.doc)
+        if isinstance(target, str):
+            choices = task.doc_to_choice(instance.doc)
+            target = choices.index(target) if target in choices else None
+        if isinstance(target, int):
+            found[instance.doc_id] = int(target)
+    return found
+
+
+def write(
+    path: Path, states: Mapping[int, NDArray[np.float16]], answers: Mapping[int, int]
+) -> None:
+    """Write `states` (L+1, N, d), fp16, and `labels` (N,), in the order of the documents."""
+    documents = sorted(states.keys() & answers.keys())
+    if not documents:
+        return
+    labels = np.array([answers[d] for d in documents], dtype=np.int64)
+    save_file({"states": np.stack([states[d] for d in documents], axis=1), "labels": labels}, path)
