@@ -3,21 +3,24 @@
 # make test-slow the same with the slow tests and more random cases
 # make lint      ruff and mypy
 # make demo      the main job on a real model: SPADE-EXIT, a fixed layer, and all layers, with the account
+# make bench     speed against --model hf, into results/benchmarks
+# make results   all sweeps under results/ again, and reports in build/; hours, needs the Hub
 # make clean     remove the environment and what builds leave behind
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+OFFLINE ?= 0# of make results: 1 if everything is in the cache of the Hub
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-DEMO := $(BIN)/spade-eval run --batch_size 16 --limit 40 \
+DEMO := $(BIN)/spade-eval run --batch_size 16 --limit 40 --log_samples \
 	--tasks spade_mini_science_text,spade_mini_yesno,spade_mini_health
 
 # The model and the tasks of every target are on this machine once setup is done.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup test test-slow lint demo bench clean
+.PHONY: setup test test-slow lint demo bench results clean
 
 setup: $(STAMP)
 
@@ -41,18 +44,24 @@ lint: setup
 	$(BIN)/mypy
 
 demo: setup
+	rm -rf build/demo
 	@echo "== SPADE-EXIT: stop when the entropy of L-SPADE is at most 3.5 nats"
-	$(DEMO) --model spade_exit --model_args threshold=3.5
+	$(DEMO) --model spade_exit --model_args threshold=3.5 --output_path build/demo/exits
 	@echo "== SPADE, layer 24 of 30"
-	$(DEMO) --model spade_layer --model_args layer=24
-	@echo "== the whole model (layer=-1), for comparison"
-	$(DEMO) --model spade_layer --model_args layer=-1
+	$(DEMO) --model spade_layer --model_args layer=24 --output_path build/demo/layer-24
+	@echo "== the whole model (layer=-1)"
+	$(DEMO) --model spade_layer --model_args layer=-1 --output_path build/demo/full
+	@echo "== side by side: the whole model, and SPADE-EXIT"
+	$(BIN)/spade-eval compare build/demo/full build/demo/exits
 
 bench: setup
 	$(BIN)/python benchmarks/scoring.py --output results/benchmarks/scoring
 	$(BIN)/python benchmarks/exits.py --part speed
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/generation.py
+
+results: setup
+	HF_HUB_OFFLINE=$(OFFLINE) $(MAKE) -f results/Makefile BIN=$(BIN)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -147,6 +147,21 @@ def test_the_same_run_passes_and_a_worse_one_fails(
     assert "0.1 worse" in out
 
 
+def test_accounts_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    account = {"mean_exit_layer": 21.375, "token_layer_ratio": 0.8126, "seconds": 12.34}
+    runs = [
+        written(tmp_path / name, {"arc": BASE}, config={"spade": {"account": told}})
+        for name, told in (("a", account), ("b", {}), ("c", {"seconds": "12", "tokens": 1}))
+    ]
+    line = "mean exit layer 21.38, 81.3% of full depth computed, 12.3 s of scoring"
+    for other in runs[1:]:
+        assert main(["compare", str(runs[0]), str(other)]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[1].strip() == line
+        assert shown[2].startswith("b: ")
+        assert "scoring" not in "".join(shown[2:])
+
+
 def test_a_folder_means_its_newest_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spade_eval.report.extra import needs_report_extra
 
@@ -11,6 +11,8 @@ with needs_report_extra():
     from tabulate import tabulate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from spade_eval.report.check import Compared, Comparison
 
 _WIDEST = 40  # characters of a setting's value
@@ -53,14 +55,26 @@ def check_text(found: Comparison, tolerance: float, alpha: float) -> str:
 def _runs(found: Comparison, a: str, b: str) -> str:
     """Which runs they are, and in what they differ."""
     width = max(len(a), len(b)) + 1
-    lines = [
-        f"{f'{label}:':<{width}} {run.name}, {run.source}"
-        for label, run in ((a, found.a), (b, found.b))
-    ]
+    lines = []
+    for label, run in ((a, found.a), (b, found.b)):
+        lines.append(f"{f'{label}:':<{width}} {run.name}, {run.source}")
+        if computed := _computed(run.account):
+            lines.append(f"{'':<{width}} {computed}")
     for key, values in found.settings.items():
         lines.append(f"differs: {key} {_short(values[0])} -> {_short(values[1])}")
     lines += [f"differs: {text}" for texts in found.conflicts.values() for text in texts]
     return "\n".join(lines)
+
+
+def _computed(account: Mapping[str, Any]) -> str:
+    """What a run's account says, in a line; empty for models that keep none."""
+    known = {k: v for k, v in account.items() if isinstance(v, (int, float))}
+    told = {
+        "mean_exit_layer": "mean exit layer {:.2f}",
+        "token_layer_ratio": "{:.1%} of full depth computed",
+        "seconds": "{:.1f} s of scoring",
+    }
+    return ", ".join(text.format(known[key]) for key, text in told.items() if key in known)
 
 
 def _remarks(found: Comparison) -> list[str]:
