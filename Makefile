@@ -4,7 +4,7 @@
 # make lint      ruff and mypy
 # make demo      the main job on a real model: SPADE-EXIT, a fixed layer, and all layers, with the account
 # make bench     speed against --model hf, into results/benchmarks
-# make results   all sweeps under results/ again, and reports in build/; hours, needs the Hub
+# make results   all sweeps and reports under results/ again; hours, needs the Hub
 # make clean     remove the environment and what builds leave behind
 
 PYTHON ?= python3

@@ -464,7 +464,7 @@ def test_generalisation(tmp_path: Path) -> None:
     rows += [
         cell(
             "spade_exit",
-            "arc",
+            test,
             value,
             threshold=t,
             lens_data="arc",
@@ -472,7 +472,9 @@ def test_generalisation(tmp_path: Path) -> None:
             token_layer_ratio=1 / r,
         )
         for t, value, r in ((1.0, 0.6, 1.1), (2.0, 0.4, 1.3))
+        for test in ("arc", "boolq")
     ]
+    rows += [cell("tuned_lens", "arc", 0.4, layer=8, lens_data="arc")]  # a single number
     rows += [cell("full", "arc", 0.7, layer=12), cell("spade", "arc", 0.7, layer=8)]
     found = {matrix.name: matrix for matrix in generalisation(sweep_of(*rows, folder=tmp_path))}
     assert set(found) == {

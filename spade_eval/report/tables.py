@@ -135,7 +135,14 @@ class Matrix:
 
 
 def generalisation(sweep: Sweep) -> Iterator[Matrix]:
-    """How lenses do on tasks that they were not trained on, for every decoder with a lens."""
+    """How lenses do on tasks that they were not trained on, for every decoder with a lens.
+
+    A single number, of one training set and one test set, is none.
+    """
+    return (matrix for matrix in _matrices(sweep) if matrix.frame.size > 1)
+
+
+def _matrices(sweep: Sweep) -> Iterator[Matrix]:
     model, cells = sweep.model, sweep.cells
     trained = cells[(cells["lens_data"] != "") & ~cells["metric"].map(lower_is_better)]
     half, at = math.ceil(sweep.n_layers / 2), round(sweep.n_layers * 3 / 4)
