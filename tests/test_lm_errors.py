@@ -8,7 +8,7 @@ import pytest
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.model import CachingLM
 from sqlitedict import SqliteDict
-from test_lm import build, instances, model
+from test_lm import build, close, instances, model
 from zoo import byte_tokenizer, tiny
 
 from spade_eval.errors import UnsupportedModelError, UserError
@@ -191,6 +191,7 @@ def test_a_killed_run_leaves_its_answers_in_the_cache(tmp_path: Path) -> None:
     cached.dbdict.close()
     resumed = build(SpadeLayerLM, layer=2)
     cached = CachingLM(resumed, str(path))
-    assert cached.loglikelihood(pairs) == build(SpadeLayerLM, layer=2).loglikelihood(pairs)
+    # What is scored beside a request may show in its last bit.
+    close(cached.loglikelihood(pairs), build(SpadeLayerLM, layer=2).loglikelihood(pairs))
     assert resumed.account.total.requests == 1
     cached.dbdict.close()
