@@ -102,7 +102,8 @@ def main() -> None:
     args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [
         "# One sweep against the runs that it replaces", "",
-        f"`python benchmarks/sweep.py --limit {args.limit} --repeats {args.repeats}`", "",
+        f"`python benchmarks/sweep.py --limit {args.limit} --repeats {args.repeats}"
+        f"{' --tuned FOLDER' if args.tuned else ''}`", "",
         *(f"{k}: {v}  " for k, v in machine().items()), "",
         f"Stock arc_easy, {args.limit} items, request phase; the runs apart are extrapolated to "
         f"{RUNS} from five.", "",
