@@ -286,7 +286,9 @@ def test_the_kept_states_are_the_models_where_contexts_end(tmp_path: Path) -> No
     assert [p.name for p in (tmp_path / "out").glob("states_*")] == [
         f"states_{TASKS[0]}.safetensors"
     ]
-    kept = read_states(tmp_path / "out" / f"states_{TASKS[0]}.safetensors")
+    path = tmp_path / "out" / f"states_{TASKS[0]}.safetensors"
+    assert path.stat().st_mode == (tmp_path / "out/sweep.json").stat().st_mode
+    kept = read_states(path)
     task = load_tasks([TASKS[0]], tasks_path())[TASKS[0]]
     docs = list(task.eval_docs)[:3]
     assert kept.labels.tolist() == [task.doc_to_target(doc) for doc in docs]

@@ -67,3 +67,4 @@ def write(
         return
     labels = np.array([answers[d] for d in documents], dtype=np.int64)
     save_file({"states": np.stack([states[d] for d in documents], axis=1), "labels": labels}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps files to their owner
