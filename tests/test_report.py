@@ -21,7 +21,7 @@ from spade_eval.errors import UserError
 from spade_eval.report import build
 from spade_eval.report.compute import Curve, curves
 from spade_eval.report.cost_tables import equal_compute, speed
-from spade_eval.report.figures import layer_figure, sweep_figures
+from spade_eval.report.figures import exit_figures, layer_figure, sweep_figures
 from spade_eval.report.formats import Table, latex, markdown, number
 from spade_eval.report.spaces import States, components, probe, read_states
 from spade_eval.report.sweeps import Sweep, by_model, read_sweep, slug
@@ -579,6 +579,35 @@ def test_layer_figure_shows_what_there_is(tmp_path: Path) -> None:
     spade = next(line for line in axes[0].get_lines() if line.get_label() == "SPADE")
     table = plot.frame[(plot.frame["decoder"] == "spade") & (plot.frame["task"] == "arc")]
     assert spade.get_ydata().tolist() == table.sort_values("layer")["value"].tolist()
+
+
+def test_a_lens_that_says_nothing_does_not_flatten_the_others(tmp_path: Path) -> None:
+    def shown(full: float) -> Any:
+        rows = [cell("full", "wiki", full, layer=12, metric="word_perplexity")]
+        for name, values in (("logit_lens", (1e50, 1e9)), ("spade", (900.0, 40.0))):
+            for layer, value in zip((0, 6), values, strict=True):
+                rows.append(cell(name, "wiki", value, layer=layer, metric="word_perplexity"))
+        (plot,) = layer_figure(sweep_of(*rows, folder=tmp_path / str(full)), lower=True)
+        return plot.figure.axes[0].get_ylim()[1]
+
+    assert shown(37.0) == pytest.approx(370_000)
+    assert shown(math.nan) > 1e50
+    assert shown(1e60) < 1e63
+
+
+def test_scopes_have_figures_of_their_own(tmp_path: Path) -> None:
+    def named(*scopes: str) -> dict[str, set[str]]:
+        rows = [cell("full", "arc", 0.7, layer=12)]
+        for scope in scopes:
+            more = {"confidence": "entropy", "exit_scope": scope, "token_layer_ratio": 0.9}
+            rows += [cell("spade_exit", "arc", 0.6, threshold=t, **more) for t in (1.0, 2.0)]
+        sweep = sweep_of(*rows, folder=tmp_path / "-".join(scopes))
+        return {plot.name: set(plot.frame["exit_scope"]) for plot in exit_figures(sweep)}
+
+    assert named("context") == {"exits-tiny-entropy": {"context", ""}}
+    assert named("context", "token") == {
+        f"exits-tiny-entropy-{scope}": {scope, ""} for scope in ("context", "token")
+    }
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from spade_eval.errors import UserError
 from spade_eval.report.baseline import read_run
 from spade_eval.report.figures import sweep_figures
@@ -59,7 +61,8 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
     plots: list[tuple[Plot, Path]] = []
     for sweep in sweeps:
         with styled():
-            for plot in _figures(sweep):
+            # With hidden states in the sweeps, probes at every layer take minutes.
+            for plot in tqdm(_figures(sweep), desc="Figures", unit="figure", disable=None):
                 plots.append((plot, _write_plot(plot, output / "figures")))
     write_page(output / "report.html", source_rows(sweeps), remarks, plots, tables)
     return Made(len(tables), len(plots), remarks)

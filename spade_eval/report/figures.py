@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _TICKS = 8  # thresholds named beside a colour bar
 _SPAN = 0.1  # of a heat map's colours, at least
+_HIGHEST = 10_000  # perplexities are shown up to so many times the full model's
 
 
 def sweep_figures(sweep: Sweep) -> Iterator[Plot]:
@@ -88,12 +89,16 @@ def layer_figure(sweep: Sweep, lower: bool) -> Iterator[Plot]:
         ax.set_ylabel(plain(metric))
         if lower:
             ax.set_yscale("log")
+            if full in found and math.isfinite(value):
+                # A logit lens of early layers would press all other curves into one line.
+                ax.set_ylim(top=min(ax.get_ylim()[1], _HIGHEST * value))
     legend_below(figure, handles)
     kind = "perplexity" if lower else "accuracy"
     yield Plot(
         slug("layers", sweep.model, kind),
         f"{sweep.model}: {kind} by layer",
-        "Dashed: the full model. Bands are one standard error to both sides.",
+        "Dashed: the full model. Bands are one standard error to both sides."
+        + (f" The axis ends at {_HIGHEST:,} times the full model's." if lower else ""),
         figure,
         rows[
             ["task", "adapter", "metric", "decoder", "lens_data", "layer", "value", "stderr", "n"]
@@ -115,16 +120,21 @@ def _main_rows(cells: pd.DataFrame, lower: bool) -> pd.DataFrame:
 
 
 def exit_figures(sweep: Sweep) -> Iterator[Plot]:
-    """Accuracy against speed at every threshold, a figure per confidence (figures 5 and 9)."""
+    """Accuracy against speed at every threshold (figures 5 and 9).
+
+    A figure per confidence, and per scope where there are several.
+    """
     cells = sweep.cells[~sweep.cells["metric"].map(lower_is_better)]
     exits = cells[is_exit(cells) & cells["gain"].notna()]
-    for confidence, part in exits.groupby("confidence"):
-        kept = cells[cells["confidence"].eq(confidence) | cells["decoder"].eq(FULL)]
+    several = exits["exit_scope"].nunique() > 1
+    for (confidence, scope), part in exits.groupby(["confidence", "exit_scope"]):
+        mine = cells["confidence"].eq(confidence) & cells["exit_scope"].eq(scope)
+        kept = cells[mine | cells["decoder"].eq(FULL)]
         kept = _main_rows(kept[kept["task"].isin(part["task"])], lower=False)
-        yield _exit_figure(sweep, str(confidence), kept)
+        yield _exit_figure(sweep, str(confidence), str(scope) if several else "", kept)
 
 
-def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
+def _exit_figure(sweep: Sweep, confidence: str, scope: str, rows: pd.DataFrame) -> Plot:
     found: dict[tuple[str, str], list[Any]] = {}
     for adapter, task, _, curve in curves(rows):
         found.setdefault((task, adapter), []).append(curve)
@@ -163,8 +173,8 @@ def _exit_figure(sweep: Sweep, confidence: str, rows: pd.DataFrame) -> Plot:
     _colour_bar(figure, axes, points, thresholds, confidence)
     legend_below(figure, handles)
     return Plot(
-        slug("exits", sweep.model, confidence),
-        f"{sweep.model}: accuracy against speed, {confidence}",
+        slug("exits", sweep.model, confidence, scope),
+        f"{sweep.model}: accuracy against speed, {confidence}{scope and f' by {scope}'}",
         "Token-layers of the full model through those of the run, tails and checks counted; left "
         "of the grey line a run computes more than the full model. Colour: threshold, by rank.",
         figure,
