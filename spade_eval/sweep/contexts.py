@@ -31,7 +31,7 @@ def ends(batch: Batch) -> Ints:
 def by_document(
     batch: Batch, states: NDArray[np.float16], instances: Sequence[Any]
 ) -> dict[int, NDArray[np.float16]]:
-    """Give each document the states of its first context.
+    """Give each document the states where its context ends; any, if its choices are contexts.
 
     Args:
         batch: A batch with contexts that end at K positions.
