@@ -61,7 +61,6 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
     plots: list[tuple[Plot, Path]] = []
     for sweep in sweeps:
         with styled():
-            # With hidden states in the sweeps, probes at every layer take minutes.
             for plot in tqdm(_figures(sweep), desc="Figures", unit="figure", disable=None):
                 plots.append((plot, _write_plot(plot, output / "figures")))
     write_page(output / "report.html", source_rows(sweeps), remarks, plots, tables)
