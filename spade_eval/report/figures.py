@@ -89,9 +89,10 @@ def layer_figure(sweep: Sweep, lower: bool) -> Iterator[Plot]:
         ax.set_ylabel(plain(metric))
         if lower:
             ax.set_yscale("log")
-            if full in found and math.isfinite(value):
+            if full in found and ax.get_ylim()[1] > _HIGHEST * value:
                 # A logit lens of early layers would press all other curves into one line.
-                ax.set_ylim(top=min(ax.get_ylim()[1], _HIGHEST * value))
+                lowest = np.nanmin([points["value"].min() for points in found.values()])
+                ax.set_ylim(lowest / 2, _HIGHEST * value)
     legend_below(figure, handles)
     kind = "perplexity" if lower else "accuracy"
     yield Plot(
