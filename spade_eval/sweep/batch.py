@@ -122,15 +122,15 @@ class Reader:
         depths = sorted({reading.layer for reading in grid.readings})
         if keep_states:
             depths = list(range(self.backbone.n_layers + 1))
-        at = torch.from_numpy(ends(batch))
+        at = torch.from_numpy(ends(batch)).to(self.backbone.device) if keep_states else None
         states_at_ends: list[NDArray[np.float16]] = []
         pairs: list[tuple[int, States]] = []
         by_layer: dict[int, list[int]] = {}
         for index, reading in enumerate(grid.readings):
             by_layer.setdefault(reading.layer, []).append(index)
         for layer, states in zip(depths, climb(self.backbone, batch, depths), strict=True):
-            if keep_states:
-                h = states.h[at.to(states.h.device)].float().clamp(-LARGEST, LARGEST)
+            if at is not None:
+                h = states.h[at].float().clamp(-LARGEST, LARGEST)
                 states_at_ends.append(h.half().cpu().numpy())
             for index in by_layer.get(layer, ()):
                 reading = grid.readings[index]

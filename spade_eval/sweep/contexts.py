@@ -48,13 +48,13 @@ def by_document(
 def right_answers(task: Any, instances: Iterable[Any]) -> dict[int, int]:
     """The number of each document's right answer; documents with several have none."""
     found: dict[int, int] = {}
-    for instance in instances:
-        target = task.doc_to_target(instance.doc)
+    for number, doc in {instance.doc_id: instance.doc for instance in instances}.items():
+        target = task.doc_to_target(doc)
         if isinstance(target, str):
-            choices = task.doc_to_choice(instance.doc)
+            choices = task.doc_to_choice(doc)
             target = choices.index(target) if target in choices else None
         if isinstance(target, int):
-            found[instance.doc_id] = int(target)
+            found[number] = int(target)
     return found
 
 
