@@ -246,7 +246,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     [
         ("--max-drop 1.5", "between 0 and 1"),
         ("--max-drop 0.1 --confidence 95", "between 0 and 1"),
-        ("--max-drop 0.1 --split dev", "invalid choice: 'dev'"),
+        ("--max-drop 0.1 --split dev", "split='dev' is not known"),
         ("--max-drop 0.1 --model_args threshold=2", "it is what will be found"),
         ("--max-drop 0.1 --model_args confidence=entropi", "Did you mean 'entropy'"),
         ("--max-drop 0.1 --model_args lens=identity", "goes with readout=lens"),

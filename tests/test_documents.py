@@ -19,7 +19,7 @@ from zoo import byte_tokenizer
 
 from spade_eval import scoring
 from spade_eval.errors import UserError
-from spade_eval.fit import documents
+from spade_eval.fit import documents, rows
 from spade_eval.fit.documents import Document, from_tasks, from_text
 from spade_eval.lm.layer import LogitLensLM
 
@@ -367,10 +367,10 @@ def test_rows_without_an_answer_are_left_out(
     golds: list[Any], reason: str, lm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     choice_task(tmp_path, golds)
-    with caplog.at_level(logging.WARNING, documents.__name__):
+    with caplog.at_level(logging.WARNING, rows.__name__):
         docs = from_tasks(lm, ["choice"], include_path=tmp_path)
     assert texts(docs) == {0: ("q0?", " one"), 2: ("q2?", " two")}
-    ours = [record.message for record in caplog.records if record.name == documents.__name__]
+    ours = [record.message for record in caplog.records if record.name == rows.__name__]
     assert ours == [f"1 of 3 rows of choice are unusable; the first, {reason}."]
 
 
@@ -407,7 +407,7 @@ def test_the_warning_counts_the_rows_that_were_looked_at(
 ) -> None:
     choice_task(tmp_path, [-1] * 30 + [0] * 30)
     docs = from_tasks(lm, ["choice"], include_path=tmp_path, most=10)
-    [message] = [record.message for record in caplog.records if record.name == documents.__name__]
+    [message] = [record.message for record in caplog.records if record.name == rows.__name__]
     left_out, taken = message.split()[0:3:2]
     assert int(taken) - int(left_out) == len(docs) == 10
     assert 0 < int(left_out) < 30
@@ -420,7 +420,7 @@ def test_no_usable_row(lm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
         match=r"hidden: none of 2 rows is usable; the first, row \d: the right answer is -1, of 3 choices\. Choose another",
     ):
         from_tasks(lm, ["hidden"], include_path=tmp_path)
-    assert not [record for record in caplog.records if record.name == documents.__name__]
+    assert not [record for record in caplog.records if record.name == rows.__name__]
 
 
 def test_filters_of_tasks(lm: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from spade_eval.backbone import Backbone
 from spade_eval.errors import UserError
 from spade_eval.fit import states
 from spade_eval.fit.descent import Descent, Progress, Recipe, one_cycle
-from spade_eval.fit.maps import Affine, Pairs, measure, soft_cross_entropy, whiten
+from spade_eval.fit.maps import Affine, Moments, Pairs, measure, soft_cross_entropy, whiten
 from spade_eval.lens import low_rank
 from spade_eval.lm.windows import may_pack, window
 
@@ -69,7 +69,7 @@ def ridge(pairs: Pairs, penalty: float) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("penalty", [1e-2, 1.0])
 def test_whiten_solves_the_penalised_normal_equations(positions: int, penalty: float) -> None:
     pairs = pairs_of(positions, 7)
-    white = whiten(pairs, penalty)
+    white = whiten(Moments.of(pairs), penalty)
     found = white.fold(white.weight, white.bias)
     a, b = ridge(pairs, penalty)
     np.testing.assert_allclose(found.weight.numpy(), a, rtol=1e-3, atol=1e-5)
@@ -81,13 +81,16 @@ def test_the_ridge_map_does_not_depend_on_the_units_of_its_inputs() -> None:
     pairs = pairs_of(200, 5)
     scales = torch.tensor([0.1, 1.0, 5.0, 2.0, 20.0])
     other = Pairs(pairs.h * scales, pairs.t + pairs.h * scales - pairs.h)  # the same t - h
-    one, two = (w.fold(w.weight, w.bias) for w in (whiten(pairs, 0.1), whiten(other, 0.1)))
+    one, two = (
+        w.fold(w.weight, w.bias)
+        for w in (whiten(Moments.of(pairs), 0.1), whiten(Moments.of(other), 0.1))
+    )
     torch.testing.assert_close(two(other.h) - other.h, one(pairs.h) - pairs.h, rtol=0.01, atol=0.01)
 
 
 def test_whitened_inputs_are_round() -> None:
     pairs = pairs_of(500, 6)
-    white = whiten(pairs, 1e-6)
+    white = whiten(Moments.of(pairs), 1e-6)
     x = (pairs.h.double() - white.mean) @ white.forward
     torch.testing.assert_close(x.T @ x / len(x), torch.eye(6).double(), atol=1e-3, rtol=0)
 
@@ -96,7 +99,7 @@ def test_inputs_that_never_change_get_none_of_the_map() -> None:
     pairs = pairs_of(300, 6)
     h = pairs.h.clone()
     h[:, 2], h[:, 4] = 0.0, 12.5
-    white = whiten(Pairs(h, pairs.t), 1e-2)
+    white = whiten(Moments.of(Pairs(h, pairs.t)), 1e-2)
     found = white.fold(white.weight, white.bias)
     live = [0, 1, 3, 5]
     assert all(p.isfinite().all() for p in (found.weight, found.bias, white.forward))
@@ -115,7 +118,7 @@ def test_inputs_that_never_change_get_none_of_the_map() -> None:
 def test_a_low_rank_map_is_cut_in_whitened_inputs(rank: int) -> None:
     """There the cut loses the least squared error, which in plain inputs it does not."""
     pairs = pairs_of(2000, 6)
-    white = whiten(pairs, 1e-3)
+    white = whiten(Moments.of(pairs), 1e-3)
     up, down = low_rank(white.weight.float(), rank)
     cut = white.fold((up, down), white.bias)
     assert (cut.weight[0].shape, cut.weight[1].shape) == ((6, rank), (rank, 6))
@@ -147,7 +150,7 @@ def test_a_low_rank_map_is_cut_in_whitened_inputs(rank: int) -> None:
 @pytest.mark.parametrize("rank", [None, 2])
 def test_fold_is_the_map_of_whitened_inputs(rank: int | None) -> None:
     pairs = pairs_of(100, 5)
-    white = whiten(pairs, 1e-2)
+    white = whiten(Moments.of(pairs), 1e-2)
     weight = random(5, 5) if rank is None else (random(5, rank), random(rank, 5, seed=1))
     bias = random(5, seed=2)
     matrix = weight if isinstance(weight, Tensor) else weight[0] @ weight[1]
@@ -464,11 +467,32 @@ def test_no_epochs_is_the_ridge_solution() -> None:
     descent = Descent(backbone, training, held_out, replace(FAST, epochs=0), layer=2)
     (only,) = run(descent)
     assert only.finished
-    white = whiten(training, FAST.ridge)
+    white = whiten(Moments.of(training), descent.ridge.penalty)
     expected = white.fold(white.weight, white.bias)
     torch.testing.assert_close(only.best.weight, expected.weight)
     assert only.losses == [only.ridge]
     assert only.ridge == pytest.approx(measure(backbone, expected, held_out)["ce"], abs=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_each_layer_takes_the_penalty_that_is_best_on_held_out_positions(
+    rank: int | None,
+) -> None:
+    """Few noisy positions need a large one, many clean ones a small one."""
+    chosen = []
+    for positions, noise in ((60, 3.0), (900, 0.01)):
+        backbone, training, held_out = toy(positions, noise)
+        recipe = replace(FAST, rank=rank, penalties=(0.1, 1e-3, 1.0))
+        moments, losses = Moments.of(training), {}
+        for penalty in recipe.penalties:
+            white = whiten(moments, penalty)
+            weight = white.weight.float() if rank is None else low_rank(white.weight.float(), rank)
+            losses[penalty] = measure(backbone, white.fold(weight, white.bias), held_out)["ce"]
+        descent = Descent(backbone, training, held_out, recipe, layer=2)
+        assert descent.ridge.penalty == min(losses, key=losses.__getitem__)
+        assert descent.start().ridge == pytest.approx(min(losses.values()), abs=1e-5)
+        chosen.append(descent.ridge.penalty)
+    assert chosen[0] > chosen[1]
 
 
 @pytest.mark.parametrize("rank", [None, 4])

@@ -445,6 +445,12 @@ def test_settings_chosen_on_other_documents(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"same documents as .*test \(arc: test\)"):
         build.make_report([test], tmp_path / "out", [other, test])
+    parts = [
+        swept(f"part-{n}", split, {0.5: 0.7}) for n, split in enumerate(("test[:9]", "test[9:]"))
+    ]
+    with pytest.raises(UserError, match=r"same documents as .*test \(arc: test\[:9\]\)"):
+        build.make_report([test], tmp_path / "out", parts[:1])
+    build.make_report(parts[:1], tmp_path / "apart", parts[1:])
     cells = pd.DataFrame([cell("full", "arc", 0.7, layer=12, model="big")], columns=COLUMNS)
     bigger = sweep_folder(tmp_path / "big", cells)
     with pytest.raises(UserError, match=r"no sweep of tiny in .*big, only of big"):

@@ -317,6 +317,12 @@ def test_a_split_takes_its_documents(tmp_path: Path) -> None:
         assert record["tasks"][TASKS[0]]["split"] == (split or "test")
     assert found[None] == found["test"]
     assert found["test"] != found["validation"]
+    lm = build(SweepLM, ask=few, max_length=255)
+    part = {"split": "test[1:]", "limit": 2, "log_samples": True}
+    run(tmp_path / "part", TASKS[:1], lm, ask=few, **part)
+    values = pd.read_parquet(tmp_path / "part" / "samples.parquet")["loglikelihood"].tolist()
+    kept = pd.read_parquet(tmp_path / "test" / "samples.parquet").query("doc_id in (1, 2)")
+    np.testing.assert_allclose(values, kept["loglikelihood"], atol=ATOL)
     task = load_tasks(TASKS[:1], tasks_path())[TASKS[0]]
     rows = list(task.validation_docs())[:3]
     lm = build(LogitLensLM, layer=LAYERS, max_length=255)

@@ -9,6 +9,7 @@ from spade_eval.arguments import Parser, add_place, command_line, include_paths,
 from spade_eval.errors import UserError
 from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.fit.settings import FitSettings, check_output
+from spade_eval.splits import Split
 
 if TYPE_CHECKING:
     import argparse
@@ -44,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--tasks", help="lm-eval tasks whose training documents are used, a,b,c")
     source.add_argument("--text", type=Path, help='.jsonl with a "text" per line, or plain text')
     p.add_argument(
-        "--split", default=FitSettings.split, help="split of the tasks (default: %(default)s)"
+        "--split",
+        default=FitSettings.split,
+        help="split of the tasks, or a part of its rows as train[:5000] (default: %(default)s)",
     )
     p.add_argument("--model_args", default="", help="as in lm_eval: pretrained=...,dtype=...")
     p.add_argument("--layers", help="FROM:TO:STEP, a list a,b,c, or all (default: the even ones)")
@@ -93,6 +96,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: give a whole number from {least} up.")
+    Split.parse(args.split)
     if args.text is not None and not args.text.is_file():
         raise UserError(f"--text {args.text}: there is no such file.")
     settings = FitSettings(
@@ -141,6 +145,7 @@ def table(lens: LinearLens) -> str:
         "ce": "CE",
         "kl": "KL",
         "ce_ridge": "CE ridge",
+        "penalty": "its penalty",
         "logit_lens_ce": "CE logit lens",
         "agree_teacher": "= teacher",
         "logit_lens_agree_teacher": "logit lens = teacher",

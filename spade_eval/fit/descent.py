@@ -22,11 +22,19 @@ from torch.nn.functional import linear
 
 from spade_eval.backbone import LOGITS_BYTES
 from spade_eval.errors import UserError
-from spade_eval.fit.maps import Affine, Pairs, cross_entropy, soft_cross_entropy, whiten
+from spade_eval.fit.maps import (
+    Affine,
+    Moments,
+    Pairs,
+    Whitening,
+    cross_entropy,
+    soft_cross_entropy,
+    whiten,
+)
 from spade_eval.lens import affine, low_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from spade_eval.backbone import Backbone
@@ -42,7 +50,8 @@ class Recipe:
         batch: Positions per step.
         learning_rate: Adam's highest, in units of the teacher states' root mean square per unit of
             whitened input; it rises over the first tenth of the steps and falls to zero.
-        ridge: Penalty of the closed form, a share of each input's variance.
+        penalties: Of the closed form, shares of each input's variance. A layer takes the one whose
+            map is best on held-out documents: few positions need a large one.
         rank: Rank of A, None for a full matrix.
         seed: Of the order of positions.
         bf16: Whether the head's products are in bfloat16 while training.
@@ -51,7 +60,7 @@ class Recipe:
     epochs: int = 6
     batch: int = 512
     learning_rate: float = 6e-4
-    ridge: float = 1e-2
+    penalties: tuple[float, ...] = (1e-2, 1e-1, 1.0)
     rank: int | None = None
     seed: int = 0
     bf16: bool = False
@@ -121,6 +130,23 @@ class Progress:
         return cls(best=Affine(*weight_and_bias(best)), tensors=state, **about)
 
 
+@dataclass(frozen=True)
+class Ridge:
+    """The closed-form map of one penalty.
+
+    Attributes:
+        penalty: A share of each input's variance.
+        whitening: The inputs in which the map is written.
+        parameters: A, or its factors, and b, fp32.
+        loss: Held-out cross-entropy in nats per position.
+    """
+
+    penalty: float
+    whitening: Whitening
+    parameters: tuple[Tensor, ...]
+    loss: float
+
+
 class Descent:
     """Trains the map of one layer.
 
@@ -137,12 +163,13 @@ class Descent:
     ):
         self.backbone, self.recipe, self.layer = backbone, recipe, layer
         self.training, self.held_out = training, held_out
-        self.whitening = whiten(training, recipe.ridge)
-        weight = self.whitening.weight.float()
-        parts = (weight,) if recipe.rank is None else low_rank(weight, recipe.rank)
-        self.parameters = [
-            p.contiguous().requires_grad_() for p in (*parts, self.whitening.bias.float())
-        ]
+        moments = Moments.of(training)
+        best = self._ridge(moments, recipe.penalties[0])
+        for penalty in recipe.penalties[1:]:
+            other = self._ridge(moments, penalty)
+            best = other if other.loss < best.loss else best
+        self.ridge, self.whitening = best, best.whitening
+        self.parameters = [p.contiguous().requires_grad_() for p in best.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.99))
 
     @property
@@ -156,10 +183,7 @@ class Descent:
         Raises:
             UserError: The states are not finite.
         """
-        ridge = self.map
-        losses = {"ridge": self._held_out_loss(ridge)}
-        zero = Affine(torch.zeros_like(self.whitening.weight.float()), torch.zeros_like(ridge.bias))
-        losses["identity"] = self._held_out_loss(zero)
+        losses = {"ridge": self.ridge.loss, "identity": self._held_out_loss(lambda h: h)}
         if not all(map(math.isfinite, losses.values())):
             bad = int((~torch.isfinite(self.training.h + self.training.t).all(-1)).sum())
             raise UserError(
@@ -202,6 +226,13 @@ class Descent:
             )
             yield progress
 
+    def _ridge(self, moments: Moments, penalty: float) -> Ridge:
+        whitening, rank = whiten(moments, penalty), self.recipe.rank
+        weight, bias = whitening.weight.float(), whitening.bias.float()
+        parameters = (*((weight,) if rank is None else low_rank(weight, rank)), bias)
+        loss = self._held_out_loss(whitening.fold(*weight_and_bias(parameters)))
+        return Ridge(penalty, whitening, parameters, loss)
+
     def _epoch(self, epoch: int) -> str | None:
         """One pass over the training positions; says where it stopped if a loss is not finite."""
         recipe, n = self.recipe, len(self.training.h)
@@ -241,8 +272,8 @@ class Descent:
         """Positions whose logits are held at once; larger blocks convert the head less often."""
         return max(1, LOGITS_BYTES // (4 * self.backbone.vocab_size))
 
-    def _held_out_loss(self, map_: Affine) -> float:
-        return cross_entropy(self.backbone, map_, self.held_out)
+    def _held_out_loss(self, read: Callable[[Tensor], Tensor]) -> float:
+        return cross_entropy(self.backbone, read, self.held_out)
 
     # ------------------------------------------------------------------ state
 

@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.utils import maybe_delimit
 from lm_eval.tasks import TaskManager
 
 from spade_eval.errors import UserError, did_you_mean
+from spade_eval.fit.rows import blaming, rows_of, shuffled, usable
 from spade_eval.lm.pages import token_windows
 from spade_eval.scoring import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from lm_eval.models.huggingface import HFLM
 
@@ -36,8 +34,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 TokenPair = tuple[list[int], list[int]]  # context, continuation
-
-SPLITS = {"train": "training", "validation": "validation", "test": "test"}  # ours: lm-eval's
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def from_tasks(
     Args:
         lm: The model that will read them.
         names: Tasks, groups, tags, wildcards or YAML files, as in `--tasks` of lm-eval.
-        split: "train", "validation" or "test".
+        split: See `spade_eval.splits.Split`.
         include_path: Folders of further tasks.
         seed: Decides about the order.
         most: Number of documents, over all tasks; None takes all.
@@ -74,8 +70,6 @@ def from_tasks(
     Raises:
         UserError: An unknown task or split, data that cannot be loaded, no usable row.
     """
-    if split not in SPLITS:
-        raise UserError(f"split={split!r} is not known; valid: {', '.join(SPLITS)}.")
     return of_tasks(lm, load_tasks(names, include_path), split, seed=seed, most=most)
 
 
@@ -102,7 +96,7 @@ def from_text(lm: HFLM, path: Path, *, seed: int = 0, most: int | None = None) -
     Raises:
         UserError: The file cannot be read, or has no text.
     """
-    with _blaming(f"{path} cannot be read as UTF-8 text"):
+    with blaming(f"{path} cannot be read as UTF-8 text"):
         content = path.read_text("utf-8-sig")
     if path.suffix == ".jsonl":
         lines = enumerate(content.split("\n"), 1)
@@ -116,7 +110,7 @@ def from_text(lm: HFLM, path: Path, *, seed: int = 0, most: int | None = None) -
 
 
 def _json_text(place: str, line: str) -> str:
-    with _blaming(f"{place} is not JSON"):
+    with blaming(f"{place} is not JSON"):
         row = json.loads(line)
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
@@ -135,44 +129,6 @@ def _documents(
             if (context, continuation) not in seen:
                 seen.add((context, continuation))
                 yield Document(context, continuation, task=name, doc_id=doc_id)
-
-
-def usable(
-    name: str, rows: Sequence[Any], order: Sequence[int], make: Callable[[Any], T]
-) -> Generator[tuple[int, T], None, None]:
-    """What `make` makes of the rows, with the row's index, without those at which it fails.
-
-    When closed, it tells how many those were.
-
-    Raises:
-        UserError: `make` fails at every row.
-    """
-    taken, unusable, first = 0, 0, ""
-    try:
-        for taken, doc_id in enumerate(order, 1):  # noqa: B007 - for the warning
-            try:
-                made = make(rows[doc_id])
-            except Exception as err:  # a task's own functions fail as they like on unlabelled rows
-                unusable += 1
-                first = first or f"; the first, row {doc_id}: {_cause(err)}"
-                continue
-            yield doc_id, made
-        if unusable == taken:
-            raise UserError(
-                f"{name}: none of {taken} rows is usable{first}. Choose another split or task."
-            )
-    finally:
-        if 0 < unusable < taken:
-            log.warning("%d of %d rows of %s are unusable%s.", unusable, taken, name, first)
-
-
-def shuffled(name: str, n_rows: int, seed: int) -> list[int]:
-    """The order in which the rows of a task or file are read."""
-    # A text as seed is hashed the same way everywhere. With the name in it, what stands beside a
-    # task does not change the task's own order.
-    order = list(range(n_rows))
-    random.Random(f"{seed} {name}").shuffle(order)
-    return order
 
 
 def take(streams: Sequence[Generator[T, None, None]], most: int | None) -> list[T]:
@@ -226,30 +182,11 @@ def load_tasks(names: Sequence[str], include_path: Any) -> dict[str, Any]:
             raise UserError(f"unknown task {name!r}.{hint} `lm_eval ls tasks` lists lm-eval's own.")
         for spec in found:
             if spec not in tasks:
-                with _blaming(f"task {spec} cannot be loaded"):
+                with blaming(f"task {spec} cannot be loaded"):
                     tasks.update(manager.load(spec)["tasks"])
     if not tasks:
         raise UserError("no task is named: give at least one.")
     return tasks
-
-
-def rows_of(name: str, task: Any, split: str) -> Sequence[Any]:
-    """The rows of a split, after the task's own filter."""
-    own = getattr(type(task), "construct_requests", None)
-    if own is not ConfigurableTask.construct_requests or getattr(task, "MULTIMODAL", False):
-        raise UserError(
-            f"task {name} asks by Python code of its own, or about more than text: its prompts "
-            "cannot be had with their answers. Leave it out."
-        )
-    has = [s for s, theirs in SPLITS.items() if getattr(task, f"has_{theirs}_docs")()]
-    if split not in has:
-        raise UserError(
-            f"task {name} has no {split} split; it has: {', '.join(has)}. Choose one of these (and "
-            "do not evaluate on it), or leave the task out."
-        )
-    with _blaming(f"task {name}: its {split} rows cannot be read"):
-        rows = getattr(task, f"{SPLITS[split]}_docs")()
-        return rows if hasattr(rows, "__getitem__") else list(rows)
 
 
 def right_answer(lm: HFLM, task: Any, row: Any) -> list[TokenPair]:
@@ -302,17 +239,3 @@ def _windows(lm: HFLM, text: str) -> list[TokenPair]:
     if not (windows := token_windows(lm, text)):
         raise UserError("the text is empty")
     return windows
-
-
-@contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    """Tasks and loaders of data sets are foreign code: one line for whatever they raise."""
-    try:
-        yield
-    except Exception as err:
-        raise UserError(f"{what}: {_cause(err)}") from err
-
-
-def _cause(err: Exception) -> str:
-    text = " ".join(str(err).split())
-    return text if isinstance(err, UserError) else f"{type(err).__name__}: {text}"

@@ -1,6 +1,6 @@
 """The maths of one map: its ridge solution, its loss, and how good it is.
 
-    hidden states h, teacher states t (P, d) -> whiten -> A, b: the least-squares map of t - h
+    hidden states h, teacher states t (P, d) -> Moments -> whiten -> A, b: the ridge map of t - h
     logits (P, V) of both -> soft_cross_entropy (arXiv 2507.17618, eq. 8)
 
 Hidden states have a few directions that are a thousand times larger than the others. Descent
@@ -87,32 +87,57 @@ class Whitening:
         return Affine((first.float(), down.float()), b.float())
 
 
-def whiten(pairs: Pairs, penalty: float) -> Whitening:
-    """Solve the ridge regression of t - h on h, in float64.
+@dataclass(frozen=True)
+class Moments:
+    """What the ridge regression of t - h on h takes from the positions, in float64.
+
+    Attributes:
+        mean: Of the inputs, (d,).
+        target: Mean of t - h, (d,).
+        xx: Covariance of the inputs, (d, d).
+        xy: Covariance of the inputs with t - h, (d, d).
+        scale: Root mean square of the teacher states.
+    """
+
+    mean: Tensor
+    target: Tensor
+    xx: Tensor
+    xy: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> Moments:
+        """Sums over all positions, a block at a time."""
+        d = pairs.h.shape[1]
+        total = torch.zeros(2 * d, dtype=torch.float64, device=pairs.h.device)
+        square = torch.zeros(d, 2 * d, dtype=torch.float64, device=pairs.h.device)
+        power = 0.0
+        for h, t in zip(pairs.h.split(MAPPED_ROWS), pairs.t.split(MAPPED_ROWS), strict=True):
+            x, y = h.double(), t.double()
+            both = torch.cat([x, y - x], 1)  # (P', 2 d)
+            total += both.sum(0)
+            square += x.T @ both
+            power += float(y.square().sum())
+        mean = total / len(pairs.h)
+        covariance = square / len(pairs.h) - mean[:d, None] * mean
+        scale = math.sqrt(power / pairs.t.numel()) or 1.0
+        xx, xy = covariance.split(d, 1)
+        return cls(mean[:d], mean[d:], xx, xy, scale)
+
+
+def whiten(moments: Moments, penalty: float) -> Whitening:
+    """Solve the ridge regression of t - h on h.
 
     The penalty is a share of each input's own variance, so that units do not matter; directions
     without any variance get none of the map.
     """
-    d = pairs.h.shape[1]
-    total = torch.zeros(2 * d, dtype=torch.float64, device=pairs.h.device)
-    square = torch.zeros(d, 2 * d, dtype=torch.float64, device=pairs.h.device)
-    power = 0.0
-    for h, t in zip(pairs.h.split(MAPPED_ROWS), pairs.t.split(MAPPED_ROWS), strict=True):
-        x, y = h.double(), t.double()
-        both = torch.cat([x, y - x], 1)  # (P', 2 d)
-        total += both.sum(0)
-        square += x.T @ both
-        power += float(y.square().sum())
-    mean = total / len(pairs.h)
-    covariance = square / len(pairs.h) - mean[:d, None] * mean
-    xx, xy = covariance.split(d, 1)
-    variance = xx.diag()
-    xx = xx + torch.diag(penalty * variance + 1e-8 * variance.mean() + 1e-30)
+    variance = moments.xx.diag()
+    xx = moments.xx + torch.diag(penalty * variance + 1e-8 * variance.mean() + 1e-30)
     values, vectors = torch.linalg.eigh(xx)
     forward = (vectors * values.clamp_min(1e-30).rsqrt()) @ vectors.T
-    scale = math.sqrt(power / pairs.t.numel()) or 1.0
     # A = (C^-1 xy)^T; in whitened inputs A C^1/2 = (C^-1/2 xy)^T.
-    return Whitening(mean[:d], forward, (forward @ xy).T / scale, mean[d:] / scale, scale)
+    weight, bias = (forward @ moments.xy).T / moments.scale, moments.target / moments.scale
+    return Whitening(moments.mean, forward, weight, bias, moments.scale)
 
 
 def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

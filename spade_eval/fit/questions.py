@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spade_eval.errors import UserError
-from spade_eval.fit import documents
+from spade_eval.fit import documents, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,10 +66,10 @@ def validation(lm: SpadeLM, tasks: dict[str, Any], *, seed: int, most: int) -> l
     for name, task in tasks.items():
         _check(name, task)
         split, share = ("validation", 1.0) if task.has_validation_docs() else ("train", HELD_OUT)
-        rows = documents.rows_of(name, task, split)
-        order = documents.shuffled(name, len(rows), seed)
+        found = rows.rows_of(name, task, split)
+        order = rows.shuffled(name, len(found), seed)
         order = order[: max(1, int(len(order) * share))]
-        streams.append(documents.usable(name, rows, order, partial(_question, lm, name, task)))
+        streams.append(rows.usable(name, found, order, partial(_question, lm, name, task)))
     return [question for _, question in documents.take(streams, most)]
 
 

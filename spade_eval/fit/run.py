@@ -239,6 +239,7 @@ def _fit_layer(
     progress.metrics = {
         **lens,
         "ce_ridge": progress.ridge,
+        "penalty": descent.ridge.penalty,
         "epochs": len(progress.losses) - 1,
         **{f"logit_lens_{name}": value for name, value in plain.items()},
     }
@@ -263,6 +264,7 @@ def _open_work(
         "positions": settings.positions,
         "max_positions": settings.max_positions,
         **recipe,
+        "penalties": list(recipe["penalties"]),
         "model": fingerprint(lm.model),
         "weights": weights_digest(lm.model),
         "adapter": adapter_fingerprint(lm.model),

@@ -17,6 +17,7 @@ from spade_eval.report.spaces import space_figures
 from spade_eval.report.styles import save, styled
 from spade_eval.report.sweeps import by_model, is_sweep, read_sweep
 from spade_eval.report.tables import leaderboard, sweep_tables
+from spade_eval.splits import Split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -112,14 +113,24 @@ def _choosers(paths: Sequence[Path], sweeps: Sequence[Sweep]) -> dict[str, Sweep
                 "sweep --split validation."
             )
         for other in read:
-            same = sorted(other.splits.items() & sweep.splits.items())
+            same = _same_documents(other, sweep)
             if other.model == sweep.model and same:
                 raise UserError(
                     f"--chosen-on: {other.source} is of the same documents as {sweep.source} "
                     f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
-                    "spade-eval sweep --split."
+                    "spade-eval sweep --split, of one split as validation[:500] and "
+                    "validation[500:]."
                 )
     return found
+
+
+def _same_documents(one: Sweep, other: Sweep) -> list[tuple[str, str]]:
+    """Tasks of which two sweeps may have documents in common, each with the split of the first."""
+    return sorted(
+        (task, split)
+        for task, split in one.splits.items()
+        if task in other.splits and Split.parse(split).overlaps(Split.parse(other.splits[task]))
+    )
 
 
 def _figures(sweep: Sweep) -> Iterator[Plot]:

@@ -16,6 +16,7 @@ from spade_eval.errors import UserError
 from spade_eval.exits import CONFIDENCES
 from spade_eval.lens import LinearLens
 from spade_eval.lm import lenses
+from spade_eval.splits import Split
 from spade_eval.sweep.certify import certify, least_drop, p_values
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.run import compute, configure, quiet
@@ -158,12 +159,13 @@ def _refuse_training_documents(
     for name, lens in lm.maps.values():
         config = lens.config
         shared = sorted(set(config.tasks) & {*tasks, *settings.tasks})
-        if shared and config.split == settings.split:
+        trained = Split.parse(config.split) if shared else None
+        if trained is not None and trained.overlaps(Split.parse(settings.split)):
             raise UserError(
                 f"the {config.split} documents of {', '.join(shared)} trained the lens {name}: a "
                 "guarantee needs documents that it has not seen. Give another --split."
             )
-    if settings.split == "test":
+    if Split.parse(settings.split).name == "test":
         log.warning("Calibrating on test documents: results on them are then no longer a test.")
 
 

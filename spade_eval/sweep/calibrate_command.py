@@ -10,6 +10,7 @@ from spade_eval.calibration import NAME, WORD
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule
 from spade_eval.fit.memory import keep_freed_blocks
+from spade_eval.splits import Split
 
 if TYPE_CHECKING:
     import argparse
@@ -38,7 +39,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     p.add_argument("--tasks", required=True, help="lm-eval tasks with the metric acc, a,b,c")
-    p.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    p.add_argument(
+        "--split",
+        default="validation",
+        help="whose documents, or which of them as validation[500:] (default: %(default)s)",
+    )
     p.add_argument(
         "--max-drop", "--max_drop", type=float, required=True, help="bound on the risk: 0.03, say"
     )
@@ -67,6 +72,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         0; or 1 if no threshold meets the bound.
     """
     args = parser().parse_args(argv)
+    Split.parse(args.split)
     for name, value in (("--max-drop", args.max_drop), ("--confidence", args.confidence)):
         if not 0 < value < 1:
             raise UserError(f"{name} {value}: give a number between 0 and 1.")

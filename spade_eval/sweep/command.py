@@ -16,6 +16,7 @@ from spade_eval.arguments import (
 from spade_eval.errors import UserError
 from spade_eval.exits import CONFIDENCES
 from spade_eval.fit.memory import keep_freed_blocks
+from spade_eval.splits import Split
 from spade_eval.sweep.grid import DECODERS, Ask, thresholds
 from spade_eval.sweep.settings import SweepSettings, check_output
 
@@ -74,8 +75,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model_args", default="", help="as in lm_eval: pretrained=...,peft=...")
     p.add_argument(
         "--split",
-        choices=["train", "validation", "test"],
-        help="whose documents (default: those that the task evaluates)",
+        help="train, validation or test, or a part of their documents as validation[500:1000] "
+        "(default: those that the task evaluates)",
     )
     p.add_argument("--limit", type=float, help="documents per task, as in lm_eval")
     p.add_argument("--num_fewshot", type=int, help="examples in the prompt, as in lm_eval")
@@ -103,6 +104,8 @@ def settings_of(args: argparse.Namespace) -> SweepSettings:
     """
     if args.limit is not None and not args.limit > 0:
         raise UserError(f"--limit {args.limit}: give a number of documents, or a share below 1.")
+    if args.split is not None:
+        Split.parse(args.split)
     ask = Ask(
         decoders=_names(args.decoders) if args.decoders else None,
         layers=layers(args.layers),

@@ -20,8 +20,8 @@ from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
-from spade_eval.fit.documents import rows_of
 from spade_eval.fit.memory import peak_memory_mb
+from spade_eval.fit.rows import rows_of
 from spade_eval.lm.cache import fingerprint
 from spade_eval.sweep import contexts, table
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
