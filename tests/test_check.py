@@ -303,9 +303,23 @@ def test_runs_made_otherwise_are_refused(
 
 
 def test_a_task_that_only_one_run_has_is_told() -> None:
-    found = compare(run_of(arc=scored(BASE), boolq=scored(BASE)), run_of(arc=scored(BASE)))
+    both, one = run_of(arc=scored(BASE), boolq=scored(BASE)), run_of(arc=scored(BASE))
+    found = compare(both, one)
     assert [row.task for row in found.rows] == ["arc"]
-    assert found.notes == ("Only in here.json: boolq.",)
+    with pytest.raises(UserError, match=r"Only in here\.json: boolq\..*--allow missing"):
+        refuse(found, [])
+    refuse(found, ["missing"])
+    more = compare(one, both)
+    assert more.notes == ("Only in here.json: boolq.",)
+    refuse(more, [])
+
+
+def test_a_metric_that_has_gone_is_refused() -> None:
+    whole = scored(BASE)
+    scores = {**whole.scores, "acc_norm": next(iter(whole.scores.values()))}
+    more = replace(whole, scores=scores)
+    with pytest.raises(UserError, match=r"Only in here\.json: arc acc_norm\."):
+        refuse(compare(run_of(arc=more), run_of(arc=whole)), [])
 
 
 def test_few_shot_examples_of_another_seed_are_refused() -> None:

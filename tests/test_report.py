@@ -287,6 +287,48 @@ def test_sweeps_of_one_model_are_put_together(tmp_path: Path) -> None:
         by_model([one, deeper])
 
 
+def test_sweeps_of_other_documents_are_not_mixed(tmp_path: Path) -> None:
+    def swept(name: str, limit: int, **arc: Any) -> Sweep:
+        settings = {"limit": limit, "apply_chat_template": False}
+        folder = sweep_folder(tmp_path / name, tasks={"arc": arc}, settings=settings)
+        return read_sweep(folder)[0]
+
+    test = swept("test", 50, split="test", num_fewshot=0)
+    by_model([test, swept("same", 50, split="test", num_fewshot=0)])
+    for other, apart in (
+        (swept("validation", 50, split="validation", num_fewshot=0), "split test and validation"),
+        (swept("shots", 50, split="test", num_fewshot=5), "num_fewshot 0 and 5"),
+        (swept("more", 90, split="test", num_fewshot=0), "limit 50 and 90"),
+    ):
+        with pytest.raises(UserError, match=rf"test and .*tiny on \w+ with {apart}.*--chosen-on"):
+            by_model([test, other])
+
+
+def test_the_page_tells_of_every_folder(tmp_path: Path) -> None:
+    folders = [
+        sweep_folder(tmp_path / task, plausible(tasks=(task,)), command=f"sweep {task}")
+        for task in ("arc", "boolq")
+    ]
+    build.make_report([folders[0] / "sweep.csv", folders[1]], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(text in page for text in ("sweep arc", "sweep boolq", str(folders[0])))
+
+
+def test_metrics_that_are_better_the_lower(tmp_path: Path) -> None:
+    """As sweep.json tells, whatever their name."""
+    bias = {"metric": "bias", "token_layer_ratio": 0.5}
+    rows = [cell("full", "pairs", 0.5, layer=12, metric="bias")]
+    rows += [cell("spade", "pairs", v, layer=n, **bias) for n, v in ((4, 0.9), (8, 0.4))]
+    told = {"pairs": {"higher_is_better": {"bias": False}}}
+    folder = sweep_folder(tmp_path, pd.DataFrame(rows, columns=COLUMNS), tasks=told)
+    (sweep,) = read_sweep(folder)
+    frame = first_layers(sweep).frame.set_index("decoder")
+    assert frame.loc["SPADE", "first layer"] == 8
+    assert speed(sweep).frame.empty  # points of accuracy are no measure of it
+    build.make_report([folder], tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
 def remarks_count(remarks: list[str]) -> int:
     return sum(int(found) for remark in remarks for found in re.findall(r"(\d+) cells", remark))
 
@@ -374,9 +416,9 @@ def test_first_layer_that_reaches_the_full_model(tmp_path: Path) -> None:
     assert frame.loc[("wiki", "SPADE"), "from then on"] == 6
 
 
-def curve(points: list[tuple[float, float]], full: float = 0.7, metric: str = "acc") -> Curve:
+def curve(points: list[tuple[float, float]], full: float = 0.7, lower: bool = False) -> Curve:
     frame = pd.DataFrame(points, columns=["gain", "value"])
-    return Curve("SPADE", "", metric, full, 0.02, frame.assign(layer=range(len(frame))))
+    return Curve("SPADE", "", "acc", lower, full, 0.02, frame.assign(layer=range(len(frame))))
 
 
 def test_equal_compute_interpolates_in_cost() -> None:
@@ -387,7 +429,7 @@ def test_equal_compute_interpolates_in_cost() -> None:
     assert math.isnan(found.at_ratios([2.5])[0])
     # Of two settings at one cost the better one counts, upwards or downwards.
     assert curve([(2.0, 0.4), (2.0, 0.5)]).at_ratios([2.0]) == [0.5]
-    downwards = curve([(2.0, 40.0), (2.0, 30.0)], 20.0, "word_perplexity")
+    downwards = curve([(2.0, 40.0), (2.0, 30.0)], 20.0, lower=True)
     assert downwards.at_ratios([2.0]) == [30.0]
     assert math.isnan(curve([(math.nan, 0.4)], math.nan).at_ratios([1.0])[0])
 
@@ -442,6 +484,14 @@ def test_settings_chosen_on_other_documents(tmp_path: Path) -> None:
     build.make_report([test], tmp_path / "out", [other])
     note = (tmp_path / "out/tables/speed-tiny.md").read_text()
     assert f"chosen on other documents, {other}" in note
+
+    fewer = swept("fewer", "train", {0.5: 0.6, 1.0: 0.71})
+    cells = pd.read_csv(fewer / "sweep.csv")
+    cells[cells["threshold"] != 0.5].to_csv(fewer / "sweep.csv", index=False)
+    table = speed(*(read_sweep(folder)[0] for folder in (fewer, other))).frame
+    unknown = table.set_index("decoder").loc["SPADE-EXIT"]
+    assert unknown["no loss, at"] == "unknown"  # 0.5, which was not swept here
+    assert unknown["1 point, at"] == "threshold 1"
 
     with pytest.raises(UserError, match=r"same documents as .*test \(arc: test\)"):
         build.make_report([test], tmp_path / "out", [other, test])
@@ -566,7 +616,7 @@ def test_file_names() -> None:
 
 def test_layer_figure_shows_what_there_is(tmp_path: Path) -> None:
     (sweep,) = read_sweep(sweep_folder(tmp_path, states=False))
-    (plot,) = layer_figure(sweep, lower=False)
+    (plot,) = layer_figure(sweep, perplexity=False)
     axes = plot.figure.axes
     assert [ax.get_title() for ax in axes] == ["arc", "boolq"]
     labels = {line.get_label() for line in axes[0].get_lines()} - {"_child6"}
@@ -580,7 +630,7 @@ def test_layer_figure_shows_what_there_is(tmp_path: Path) -> None:
     } <= labels
     lines = [line for line in axes[0].get_lines() if line.get_marker() != "None"]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines)
-    (low,) = layer_figure(sweep, lower=True)
+    (low,) = layer_figure(sweep, perplexity=True)
     assert low.figure.axes[0].get_yscale() == "log"
     spade = next(line for line in axes[0].get_lines() if line.get_label() == "SPADE")
     table = plot.frame[(plot.frame["decoder"] == "spade") & (plot.frame["task"] == "arc")]
@@ -593,7 +643,7 @@ def test_a_lens_that_says_nothing_does_not_flatten_the_others(tmp_path: Path) ->
         for name, values in (("logit_lens", (1e50, 1e9)), ("spade", (900.0, 40.0))):
             for layer, value in zip((0, 6), values, strict=True):
                 rows.append(cell(name, "wiki", value, layer=layer, metric="word_perplexity"))
-        (plot,) = layer_figure(sweep_of(*rows, folder=tmp_path / str(full)), lower=True)
+        (plot,) = layer_figure(sweep_of(*rows, folder=tmp_path / str(full)), perplexity=True)
         return plot.figure.axes[0].get_ylim()
 
     assert shown(37.0) == pytest.approx((18.5, 370_000))

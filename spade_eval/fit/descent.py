@@ -51,7 +51,8 @@ class Recipe:
         learning_rate: Adam's highest, in units of the teacher states' root mean square per unit of
             whitened input; it rises over the first tenth of the steps and falls to zero.
         penalties: Of the closed form, shares of each input's variance. A layer takes the one whose
-            map is best on held-out documents: few positions need a large one.
+            map is best on held-out documents. Few positions need a large one: of 800 answers, 0.1
+            leaves half a nat less than 0.01.
         rank: Rank of A, None for a full matrix.
         seed: Of the order of positions.
         bf16: Whether the head's products are in bfloat16 while training.

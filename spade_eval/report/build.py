@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -52,6 +53,7 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
     """
     sweeps, runs = _read(inputs)
     choosers = _choosers(chosen_on, sweeps)
+    sources = source_rows(sweeps)
     sweeps, remarks = by_model(sweeps)
     tables: list[Table] = [leaderboard(runs, sweeps)]
     for sweep in sweeps:
@@ -64,7 +66,7 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
         with styled():
             for plot in tqdm(_figures(sweep), desc="Figures", unit="figure", disable=None):
                 plots.append((plot, _write_plot(plot, output / "figures")))
-    write_page(output / "report.html", source_rows(sweeps), remarks, plots, tables)
+    write_page(output / "report.html", sources, remarks, plots, tables)
     return Made(len(tables), len(plots), remarks)
 
 
@@ -73,6 +75,8 @@ def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run]]:
     sweeps: list[Sweep] = []
     runs: list[Run] = []
     for path in dict.fromkeys(given.expanduser() for given in inputs):
+        if is_sweep(path.parent) and path.name.startswith("sweep."):
+            path = path.parent
         if path.is_file():
             runs.append(read_run(path)[0])
             continue
@@ -104,23 +108,21 @@ def _choosers(paths: Sequence[Path], sweeps: Sequence[Sweep]) -> dict[str, Sweep
     if not paths:
         return {}
     read = _read(paths)[0]
-    found = {sweep.model: sweep for sweep in by_model(read)[0]}
-    for sweep in sweeps:
-        if sweep.model not in found:
+    for sweep, other in product(sweeps, read):
+        same = _same_documents(other, sweep)
+        if other.model == sweep.model and same:
             raise UserError(
-                f"--chosen-on: no sweep of {sweep.model} in {', '.join(map(str, paths))}, only of "
-                f"{', '.join(found) or 'no model'}. Sweep its validation documents: spade-eval "
-                "sweep --split validation."
+                f"--chosen-on: {other.source} is of the same documents as {sweep.source} "
+                f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
+                "spade-eval sweep --split, of one split as validation[:500] and validation[500:]."
             )
-        for other in read:
-            same = _same_documents(other, sweep)
-            if other.model == sweep.model and same:
-                raise UserError(
-                    f"--chosen-on: {other.source} is of the same documents as {sweep.source} "
-                    f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
-                    "spade-eval sweep --split, of one split as validation[:500] and "
-                    "validation[500:]."
-                )
+    found = {sweep.model: sweep for sweep in by_model(read)[0]}
+    for model in (sweep.model for sweep in sweeps if sweep.model not in found):
+        raise UserError(
+            f"--chosen-on: no sweep of {model} in {', '.join(map(str, paths))}, only of "
+            f"{', '.join(found) or 'no model'}. Sweep its validation documents: spade-eval "
+            "sweep --split validation."
+        )
     return found
 
 

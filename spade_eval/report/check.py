@@ -19,7 +19,7 @@ from spade_eval.report.stats import Difference, aggregation_of, holm, paired, un
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-Conflict = Literal["versions", "limit", "fewshot"]
+Conflict = Literal["versions", "limit", "fewshot", "missing"]
 Verdict = Literal["same", "better", "worse", "within chance", "not tested"]
 
 _ROUNDING = 1e-9  # 0.50 - 0.49 is a little more than 0.01
@@ -114,6 +114,8 @@ def compare(a: Run, b: Run) -> Comparison:
         )
     conflicts: dict[Conflict, list[str]] = {}
     rows: list[Compared] = []
+    if missing := _missing(a, b):
+        conflicts["missing"] = [f"Only in {a.source}: {', '.join(missing)}."]
     for name in common:
         for kind, text in _conflicts(a, b, name):
             conflicts.setdefault(kind, []).append(text)
@@ -128,9 +130,8 @@ def compare(a: Run, b: Run) -> Comparison:
     for name in (name for name in a.groups if name in b.groups):
         rows += _compare_group(name, a.groups[name], b.groups[name])
     notes = [*a.notes, *b.notes]
-    for run, other in ((a, b), (b, a)):
-        if alone := [name for name in run.tasks if name not in other.tasks]:
-            notes.append(f"Only in {run.source}: {', '.join(alone)}.")
+    if added := _missing(b, a):
+        notes.append(f"Only in {b.source}: {', '.join(added)}.")
     return Comparison(a, b, tuple(rows), differing(a, b), conflicts, tuple(notes))
 
 
@@ -160,6 +161,17 @@ def refuse(comparison: Comparison, allowed: Collection[str]) -> None:
 
 def _names(tasks: Collection[str]) -> str:
     return ", ".join(list(tasks)[:5]) + (", ..." if len(tasks) > 5 else "")
+
+
+def _missing(a: Run, b: Run) -> list[str]:
+    """What the first run has and the second has not: tasks, and metrics of common tasks."""
+    found = []
+    for name, task in a.tasks.items():
+        if name not in b.tasks:
+            found.append(name)
+        else:
+            found += [f"{name} {m}" for m in task.scores if m not in b.tasks[name].scores]
+    return found
 
 
 def _conflicts(a: Run, b: Run, name: str) -> list[tuple[Conflict, str]]:

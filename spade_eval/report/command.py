@@ -113,7 +113,7 @@ def check_main(argv: list[str]) -> int:
         "--allow",
         default="",
         help="compare although these differ, a list: versions (of tasks), limit (documents), "
-        "fewshot",
+        "fewshot, missing (tasks or metrics of the baseline)",
     )
     args = p.parse_args(argv)
     if not 0 <= args.tolerance < math.inf:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spade_eval.report.sweeps import FULL, decoder_order, lower_is_better, series_name
+from spade_eval.report.sweeps import FULL, decoder_order, series_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ class Curve:
         decoder: Its name in print, with the data of its lens.
         rule: Confidence, scope and readout; empty for fixed layers.
         metric: What is measured.
+        lower: Whether less of it is better.
         full: The full model's value; NaN if the sweep does not have it.
         full_stderr: Its standard error; NaN if unknown.
         points: Rows of the sweep, by layer or threshold.
@@ -40,6 +41,7 @@ class Curve:
     decoder: str
     rule: str
     metric: str
+    lower: bool
     full: float
     full_stderr: float
     points: pd.DataFrame
@@ -52,12 +54,12 @@ class Curve:
     def losses(self) -> np.ndarray:
         """How much worse than the full model each point is, (N,)."""
         loss = self.full - self.points["value"].to_numpy()
-        return -loss if lower_is_better(self.metric) else loss
+        return -loss if self.lower else loss
 
     def at_ratios(self, ratios: Sequence[float]) -> list[float]:
         """Values at 1 / ratio of the full model's compute; NaN out of the curve's reach."""
         points = {1.0: self.full} if math.isfinite(self.full) else {}
-        best = min if lower_is_better(self.metric) else max
+        best = min if self.lower else max
         known = self.points[self.points["gain"].gt(0) & self.points["value"].notna()]
         for cost, value in zip(1 / known["gain"], known["value"], strict=True):
             points[cost] = best(value, points.get(cost, value))
@@ -105,6 +107,7 @@ def curves(cells: pd.DataFrame) -> Iterator[tuple[str, str, str, Curve]]:
                     series_name(decoder, data),
                     name or ("exits" if setting == "threshold" else ""),
                     metric,
+                    bool(points["lower"].iloc[0]),
                     float(value),
                     float(stderr),
                     points.sort_values(setting),

@@ -9,7 +9,7 @@ import pandas as pd
 
 from spade_eval.report.compute import Curve, curves
 from spade_eval.report.formats import Table
-from spade_eval.report.sweeps import lower_is_better, slug, task_name
+from spade_eval.report.sweeps import slug, task_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,13 +21,15 @@ BUDGETS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0)
 
 LOSSES = {"no loss": 0.0, "1 point": 0.01}
 
+_UNKNOWN = "unknown"
 _UPPER = (
     "They are chosen on the documents that they are measured on, so these are upper bounds; empty "
     "where no setting keeps the accuracy."
 )
 _HONEST = (
     "They are chosen on other documents, {}, and measured on these: what they lose here stands "
-    "beside them. Empty where no setting keeps the accuracy there."
+    "beside them. Empty where no setting keeps the accuracy there, {} where that setting, or all "
+    "that is needed to choose one, was not swept."
 )
 
 
@@ -70,7 +72,9 @@ def speed(sweep: Sweep, chosen_on: Sweep | None = None) -> Table:
             at = None if chooser is None else chooser.fastest(loss)
             point = None if at is None else curve.at(at[setting])
             cells[label] = math.nan if point is None else point["gain"]
-            cells[f"{label}, at"] = "" if point is None else f"{setting} {point[setting]:g}"
+            known = chooser is not None and (at is None or point is not None)
+            place = "" if point is None else f"{setting} {point[setting]:g}"
+            cells[f"{label}, at"] = place if known else _UNKNOWN
             if chosen_on is not None:
                 lost = math.nan if point is None else point["value"] - curve.full
                 cells[f"{label}, - full"] = lost
@@ -79,7 +83,7 @@ def speed(sweep: Sweep, chosen_on: Sweep | None = None) -> Table:
         slug("speed", sweep.model),
         f"{sweep.model}: token-layer gain without loss and at one point of loss",
         "Largest gain among the settings whose value is at most that much below the full model's. "
-        + (_UPPER if chosen_on is None else _HONEST.format(chosen_on.source)),
+        + (_UPPER if chosen_on is None else _HONEST.format(chosen_on.source, _UNKNOWN)),
         pd.DataFrame(rows),
     )
 
@@ -87,7 +91,7 @@ def speed(sweep: Sweep, chosen_on: Sweep | None = None) -> Table:
 def _costed(sweep: Sweep) -> Iterator[tuple[str, str, str, Curve]]:
     """Curves of accuracies whose costs are known."""
     for found in curves(sweep.cells):
-        if not lower_is_better(found[2]) and found[3].points["gain"].notna().any():
+        if not found[3].lower and found[3].points["gain"].notna().any():
             yield found
 
 

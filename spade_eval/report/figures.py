@@ -13,9 +13,9 @@ from spade_eval.report.extra import needs_report_extra
 from spade_eval.report.styles import MAP, Plot, curve_styles, legend_below, markers, panels, plain
 from spade_eval.report.sweeps import (
     FULL,
+    PERPLEXITIES,
     decoder_name,
     is_exit,
-    lower_is_better,
     main_metric,
     slug,
     task_name,
@@ -42,20 +42,20 @@ _HIGHEST = 10_000  # perplexities are shown up to so many times the full model's
 
 def sweep_figures(sweep: Sweep) -> Iterator[Plot]:
     """All figures of one model that its sweep has the numbers for."""
-    for lower in (False, True):
-        yield from layer_figure(sweep, lower)
+    for perplexity in (False, True):
+        yield from layer_figure(sweep, perplexity)
     yield from exit_figures(sweep)
     yield from generalisation_figure(sweep)
 
 
-def layer_figure(sweep: Sweep, lower: bool) -> Iterator[Plot]:
+def layer_figure(sweep: Sweep, perplexity: bool) -> Iterator[Plot]:
     """Value by layer, a panel per task (the paper's figures 3, 4, 7 and 8).
 
     Args:
         sweep: The sweep.
-        lower: Whether to show perplexities, on a logarithmic axis, or accuracies.
+        perplexity: Whether to show perplexities, on a logarithmic axis, or accuracies.
     """
-    rows = _main_rows(sweep.cells[~is_exit(sweep.cells)], lower)
+    rows = _main_rows(sweep.cells[~is_exit(sweep.cells)], perplexity)
     if rows.empty:
         return
     tasks = list(rows.groupby(["task", "adapter"]))
@@ -87,19 +87,19 @@ def layer_figure(sweep: Sweep, lower: bool) -> Iterator[Plot]:
         ax.set_title(plain(task_name(*key)))
         ax.set_xlabel("layer")
         ax.set_ylabel(plain(metric))
-        if lower:
+        if perplexity:
             ax.set_yscale("log")
             if full in found and ax.get_ylim()[1] > _HIGHEST * value:
                 # A logit lens of early layers would press all other curves into one line.
                 lowest = np.nanmin([points["value"].min() for points in found.values()])
                 ax.set_ylim(lowest / 2, _HIGHEST * value)
     legend_below(figure, handles)
-    kind = "perplexity" if lower else "accuracy"
+    kind = "perplexity" if perplexity else "accuracy"
     yield Plot(
         slug("layers", sweep.model, kind),
         f"{sweep.model}: {kind} by layer",
         "Dashed: the full model. Bands are one standard error to both sides."
-        + (f" The axis ends at {_HIGHEST:,} times the full model's." if lower else ""),
+        + (f" The axis ends at {_HIGHEST:,} times the full model's." if perplexity else ""),
         figure,
         rows[
             ["task", "adapter", "metric", "decoder", "lens_data", "layer", "value", "stderr", "n"]
@@ -113,9 +113,9 @@ def _band(ax: Axes, x: pd.Series, points: pd.DataFrame, colour: str) -> None:
         ax.fill_between(x, value - stderr, value + stderr, color=colour, alpha=0.15, linewidth=0)
 
 
-def _main_rows(cells: pd.DataFrame, lower: bool) -> pd.DataFrame:
-    """Rows of each task's main metric, of the wanted direction."""
-    rows = cells[cells["metric"].map(lower_is_better) == lower]
+def _main_rows(cells: pd.DataFrame, perplexity: bool) -> pd.DataFrame:
+    """Rows of each task's main metric: of its perplexities, or of what is better the higher."""
+    rows = cells[cells["metric"].isin(PERPLEXITIES) if perplexity else ~cells["lower"]]
     main = rows.groupby("task")["metric"].agg(main_metric)
     return rows[rows["metric"] == rows["task"].map(main)]
 
@@ -125,13 +125,13 @@ def exit_figures(sweep: Sweep) -> Iterator[Plot]:
 
     A figure per confidence, and per scope where there are several.
     """
-    cells = sweep.cells[~sweep.cells["metric"].map(lower_is_better)]
+    cells = sweep.cells[~sweep.cells["lower"]]
     exits = cells[is_exit(cells) & cells["gain"].notna()]
     several = exits["exit_scope"].nunique() > 1
     for (confidence, scope), part in exits.groupby(["confidence", "exit_scope"]):
         mine = cells["confidence"].eq(confidence) & cells["exit_scope"].eq(scope)
         kept = cells[mine | cells["decoder"].eq(FULL)]
-        kept = _main_rows(kept[kept["task"].isin(part["task"])], lower=False)
+        kept = _main_rows(kept[kept["task"].isin(part["task"])], perplexity=False)
         yield _exit_figure(sweep, str(confidence), str(scope) if several else "", kept)
 
 

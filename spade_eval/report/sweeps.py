@@ -35,7 +35,7 @@ _KNOWN = {
     "lens_exit": "lens exit",
     "spade_exit": "SPADE-EXIT",
 }
-_LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 _MAIN = ("acc", "acc_norm", "exact_match", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -45,8 +45,8 @@ class Sweep:
 
     Attributes:
         source: The folder.
-        cells: The table, columns as in sweep.csv, but `gain` for 1 / token_layer_ratio; texts are
-            never missing, numbers may be NaN.
+        cells: The table, columns as in sweep.csv, but `gain` for 1 / token_layer_ratio, and `lower`
+            for whether less is better; texts are never missing, numbers may be NaN.
         n_layers: L.
         about: What sweep.json tells about the run.
         states: Files of hidden states, by task.
@@ -66,13 +66,15 @@ class Sweep:
     @property
     def splits(self) -> dict[str, str]:
         """Whose documents were swept, by task, as far as sweep.json tells."""
-        tasks = self.about.get("tasks")
-        known = tasks.items() if isinstance(tasks, dict) else ()
-        return {
-            name: str(about["split"])
-            for name, about in known
-            if isinstance(about, dict) and about.get("split")
-        }
+        known = {task: self.made(task).get("split") for task in _entry(self.about, "tasks")}
+        return {task: split for task, split in known.items() if split}
+
+    def made(self, task: str) -> dict[str, str]:
+        """What decides which questions of a task were asked, as far as sweep.json tells."""
+        own, settings = _entry(self.about, "tasks", task), _entry(self.about, "settings")
+        told = {"split": own, "version": own, "num_fewshot": own, "limit": settings,
+                "apply_chat_template": settings}  # fmt: skip
+        return {name: str(found[name]) for name, found in told.items() if name in found}
 
 
 def is_sweep(folder: Path) -> bool:
@@ -109,6 +111,11 @@ def read_sweep(folder: Path) -> list[Sweep]:
     share = cells.pop("token_layer_ratio")
     cells["gain"] = 1 / share.where(share > 0)
     about = load_json(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
+    better = {task: _entry(about, "tasks", task, "higher_is_better") for task in set(cells["task"])}
+    cells["lower"] = [
+        not better[task].get(metric, metric not in PERPLEXITIES)
+        for task, metric in zip(cells["task"], cells["metric"], strict=True)
+    ]
     states = {
         path.name.removeprefix("states_").removesuffix(".safetensors"): path
         for path in sorted(folder.glob("states_*.safetensors"))
@@ -129,7 +136,7 @@ def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
         One sweep per model, and remarks on what was measured twice.
 
     Raises:
-        UserError: Sweeps of one model disagree about its layers.
+        UserError: Sweeps of one model disagree about its layers, or about a task's documents.
     """
     merged: list[Sweep] = []
     remarks = []
@@ -142,6 +149,7 @@ def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
                 f"{', '.join(part.source for part in parts)}: sweeps of {model} with "
                 f"{', '.join(str(part.n_layers) for part in parts)} layers. Report them apart."
             )
+        _require_alike(parts)
         cells = pd.concat([part.cells for part in parts], ignore_index=True)
         kept = cells.drop_duplicates([*_TEXT, "layer", "threshold"], keep="last", ignore_index=True)
         if twice := len(cells) - len(kept):
@@ -152,9 +160,30 @@ def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
     return merged, remarks
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether less is more."""
-    return metric in _LOWER_IS_BETTER
+def _require_alike(parts: Sequence[Sweep]) -> None:
+    """Refuse sweeps that asked other questions of a task: their cells cannot stand in one table."""
+    first: dict[tuple[str, str], Sweep] = {}
+    for part in parts:
+        for key in set(zip(part.cells["adapter"], part.cells["task"], strict=True)):
+            other, task = first.setdefault(key, part), key[1]
+            was, now = other.made(task), part.made(task)
+            if apart := [
+                f"{name} {was[name]} and {now[name]}"
+                for name in was
+                if name in now and was[name] != now[name]
+            ]:
+                raise UserError(
+                    f"{other.source} and {part.source}: sweeps of {part.model} on {task} with "
+                    f"{', '.join(apart)}. Report them apart, or choose settings on the one and "
+                    "report the other (--chosen-on)."
+                )
+
+
+def _entry(content: Any, *names: str) -> dict[str, Any]:
+    """An object inside of JSON; an empty one where there is something else."""
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def main_metric(metrics: pd.Series) -> str:

@@ -17,7 +17,6 @@ from spade_eval.report.sweeps import (
     decoder_name,
     decoder_order,
     is_exit,
-    lower_is_better,
     main_metric,
     series_name,
     slug,
@@ -144,7 +143,7 @@ def generalisation(sweep: Sweep) -> Iterator[Matrix]:
 
 def _matrices(sweep: Sweep) -> Iterator[Matrix]:
     model, cells = sweep.model, sweep.cells
-    trained = cells[(cells["lens_data"] != "") & ~cells["metric"].map(lower_is_better)]
+    trained = cells[(cells["lens_data"] != "") & ~cells["lower"]]
     half, at = math.ceil(sweep.n_layers / 2), round(sweep.n_layers * 3 / 4)
     for decoder in sorted(trained["decoder"].unique(), key=decoder_order):
         rows, shown = trained[trained["decoder"] == decoder], decoder_name(decoder)
