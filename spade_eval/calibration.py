@@ -30,6 +30,8 @@ class Calibration:
         harmed: Documents for which that happened, at this threshold.
         net_drop: Accuracy of the full model less that of the exit run; no guarantee.
         model: What the model is recognised by.
+        num_fewshot: Examples in the prompts; None is each task's own number.
+        apply_chat_template: Whether the prompts went through the model's chat template.
         curve: Every threshold that was looked at: risk, p-value, accuracy, cost.
         command: The command that made it.
         package_version: The version of spade_eval that made it.
@@ -45,6 +47,8 @@ class Calibration:
     harmed: int
     net_drop: float
     model: dict[str, Any]
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
     curve: list[dict[str, Any]] = field(default_factory=list)
     command: str = ""
     package_version: str = __version__
@@ -98,6 +102,12 @@ class Calibration:
                 f"threshold={WORD}: {'; '.join(apart)}. Leave the argument out, or calibrate again."
             )
         return {**self.rule, "threshold": self.threshold}
+
+    @property
+    def prompts(self) -> str:
+        """lm_eval's arguments that decided about the prompts; empty if none did."""
+        shots = "" if self.num_fewshot is None else f"--num_fewshot {self.num_fewshot}"
+        return " ".join(filter(None, (shots, "--apply_chat_template" * self.apply_chat_template)))
 
     def require_model(self, found: dict[str, Any]) -> None:
         """Make sure that a model is the one that was calibrated.

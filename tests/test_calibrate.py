@@ -217,6 +217,15 @@ def test_bad_calibrations_are_refused(tmp_path: Path) -> None:
     trained.config = replace(trained.config, tasks=(TASK,), split="validation")
     with pytest.raises(UserError, match=f"validation documents of {TASK} trained the lens"):
         calibrate(sweep_lm(lens=trained), tasks(), settings(), "")
+    # Also under the name of a group that holds the task.
+    trained.config = replace(trained.config, tasks=("spade_mini",))
+    with pytest.raises(UserError, match=f"validation documents of {TASK} trained the lens"):
+        calibrate(sweep_lm(lens=trained), tasks(), settings(), "", tasks_path())
+    # Rows that it has not seen, and a task that is nowhere.
+    for names, split in (((TASK,), "validation[:2]"), (("nowhere",), "validation")):
+        trained.config = replace(trained.config, tasks=names, split=split)
+        part = settings(split="validation[2:]", limit=20)
+        calibrate(sweep_lm(lens=trained), tasks(), part, "", tasks_path())
     pages = load_tasks(["spade_mini_articles"], tasks_path())
     with pytest.raises(UserError, match="has no metric acc"):
         calibrate(sweep_lm(), pages, settings(limit=2), "")
@@ -250,6 +259,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ("--max-drop 0.1 --model_args threshold=2", "it is what will be found"),
         ("--max-drop 0.1 --model_args confidence=entropi", "Did you mean 'entropy'"),
         ("--max-drop 0.1 --model_args lens=identity", "goes with readout=lens"),
+        ("--max-drop 0.1 --output /proc/nowhere/x.json", "cannot be written"),
+        ("--max-drop 0.1 --output /tmp --overwrite", "Give another file as --output"),
         ("--max-drop 0.1 --splt test", "Did you mean '--split'"),
     ],
 )
@@ -259,6 +270,34 @@ def test_bad_arguments_are_told_at_once(
     argv = ["calibrate", "--tasks", TASK, "--output", str(tmp_path / "x.json"), *arguments.split()]
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tuned_lens_is_calibrated_with_its_own_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lens("tuned_lens", 1).save_pretrained(tmp_path / "tuned")
+    argv = ["calibrate", "--tasks", TASK, "--output", str(tmp_path / "x.json"), "--max-drop", "0.1"]
+    assert main([*argv, "--model_args", f"lens={tmp_path / 'tuned'}"]) == 2
+    assert "tuned goes with readout=lens" in capsys.readouterr().err
+
+
+def test_documents_that_lm_eval_evaluates_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for split, warned in (("test[:30]", True), ("validation", False)):
+        caplog.clear()
+        calibrate(sweep_lm(), tasks(), settings(split=split, limit=20), "")
+        assert ("Calibrating on test documents of" in caplog.text) == warned
+
+
+def test_what_was_calibrated_is_what_answers(
+    calibrated: tuple[Calibration, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, path = calibrated
+    own = {"threshold": "calibrated", "max_length": 255, "lens": lens("l_spade", 1)}
+    with pytest.raises(UserError, match="readout=lens, calibrated with spade"):
+        build(LensExitLM, calibration=path, **own)
+    write_json(tmp_path / "c.json", replace(found, num_fewshot=5).to_json())
+    build(SpadeExitLM, calibration=tmp_path / "c.json", **own)
+    assert "holds for runs with --num_fewshot 5" in caplog.text
 
 
 def test_thresholds_are_fixed_beforehand() -> None:

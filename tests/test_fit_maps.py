@@ -521,7 +521,8 @@ def test_another_seed_or_layer_takes_another_way() -> None:
 
 
 def same_progress(a: Progress, b: Progress) -> None:
-    assert (a.losses, a.ridge, a.finished, a.stopped) == (b.losses, b.ridge, b.finished, b.stopped)
+    assert (a.losses, a.ridge, a.penalty) == (b.losses, b.ridge, b.penalty)
+    assert (a.finished, a.stopped) == (b.finished, b.stopped)
     flat = []
     for p in (a, b):
         weight = (p.best.weight,) if isinstance(p.best.weight, Tensor) else p.best.weight
@@ -568,6 +569,7 @@ finite = st.floats(-1e9, 1e9)
 @given(
     losses=st.lists(finite | st.just(math.inf), min_size=1, max_size=5),
     ridge=finite,
+    penalty=finite,
     finished=st.booleans(),
     stopped=st.none() | st.text(max_size=20),
     metrics=st.dictionaries(st.text(max_size=8), finite, max_size=3),
@@ -648,7 +650,7 @@ def test_held_out_states_that_are_not_finite_are_an_error() -> None:
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign"])
 def test_a_damaged_progress_file_says_what_to_do(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "layer-2.safetensors"
-    Progress([1.0], 1.0, Affine(random(4, 4), random(4)), tensors=[random(3)]).save(path)
+    Progress([1.0], 1.0, 0.1, Affine(random(4, 4), random(4)), tensors=[random(3)]).save(path)
     assert load_file(path).keys() == {"best.0", "best.1", "state.0"}
     if damage == "foreign":
         from safetensors.torch import save_file

@@ -74,6 +74,7 @@ class Progress:
     Attributes:
         losses: Held-out cross-entropy in nats per position: at the start, and after each epoch.
         ridge: That of the ridge solution.
+        penalty: The ridge solution's.
         best: The map with the lowest of `losses`.
         finished: Whether training has ended.
         stopped: Where a loss was not finite; None if all were.
@@ -84,6 +85,7 @@ class Progress:
 
     losses: list[float]
     ridge: float
+    penalty: float
     best: Affine
     finished: bool = False
     stopped: str | None = None
@@ -99,6 +101,7 @@ class Progress:
         about = {
             "losses": self.losses,
             "ridge": self.ridge,
+            "penalty": self.penalty,
             "finished": self.finished,
             "stopped": self.stopped,
             "seconds": self.seconds,
@@ -154,7 +157,7 @@ class Descent:
     Args:
         backbone: The model whose norm and head read the map.
         training: What to fit.
-        held_out: Decides which epoch is kept and when to stop.
+        held_out: Decides about the ridge penalty, which epoch is kept, and when to stop.
         recipe: How.
         layer: The map's layer.
     """
@@ -164,19 +167,24 @@ class Descent:
     ):
         self.backbone, self.recipe, self.layer = backbone, recipe, layer
         self.training, self.held_out = training, held_out
+        self.device = training.h.device
         moments = Moments.of(training)
         best = self._ridge(moments, recipe.penalties[0])
         for penalty in recipe.penalties[1:]:
             other = self._ridge(moments, penalty)
-            best = other if other.loss < best.loss else best
+            if other.loss < best.loss or math.isnan(best.loss):
+                best = other
         self.ridge, self.whitening = best, best.whitening
+        self.mean, self.forward = (
+            x.float().to(self.device) for x in (best.whitening.mean, best.whitening.forward)
+        )
         self.parameters = [p.contiguous().requires_grad_() for p in best.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.99))
 
     @property
     def map(self) -> Affine:
         """The map as it now is, of plain inputs."""
-        return self.whitening.fold(*weight_and_bias(self.parameters))
+        return self._folded(self.whitening, self.parameters)
 
     def start(self) -> Progress:
         """The ridge solution; the identity where that is better, since few positions fit nothing.
@@ -198,8 +206,11 @@ class Descent:
                 self.parameters[0].zero_()
                 self.parameters[-1].zero_()
         done = self.recipe.epochs == 0
-        progress = Progress([min(losses.values())], losses["ridge"], self.map, finished=done)
-        return self._with_state(progress)
+        ridge = self.ridge
+        loss = min(losses.values())
+        return self._with_state(
+            Progress([loss], ridge.loss, ridge.penalty, self.map, finished=done)
+        )
 
     def epochs(self, progress: Progress) -> Iterator[Progress]:
         """Go on behind `progress` until an epoch is no better than the best before it.
@@ -219,6 +230,7 @@ class Descent:
                 Progress(
                     losses=[*progress.losses, loss],
                     ridge=progress.ridge,
+                    penalty=progress.penalty,
                     best=here if better else progress.best,
                     finished=not better or epoch >= self.recipe.epochs,
                     stopped=stopped,
@@ -230,9 +242,13 @@ class Descent:
     def _ridge(self, moments: Moments, penalty: float) -> Ridge:
         whitening, rank = whiten(moments, penalty), self.recipe.rank
         weight, bias = whitening.weight.float(), whitening.bias.float()
-        parameters = (*((weight,) if rank is None else low_rank(weight, rank)), bias)
-        loss = self._held_out_loss(whitening.fold(*weight_and_bias(parameters)))
+        parts = ((weight,) if rank is None else low_rank(weight, rank)) + (bias,)
+        parameters = tuple(p.to(self.device) for p in parts)
+        loss = self._held_out_loss(self._folded(whitening, parameters))
         return Ridge(penalty, whitening, parameters, loss)
+
+    def _folded(self, whitening: Whitening, parameters: Sequence[Tensor]) -> Affine:
+        return whitening.fold(*weight_and_bias(parameters)).to(self.device)
 
     def _epoch(self, epoch: int) -> str | None:
         """One pass over the training positions; says where it stopped if a loss is not finite."""
@@ -254,12 +270,10 @@ class Descent:
 
     def _backward(self, rows: Tensor, positions: int) -> float:
         """Add the gradient of some rows' share of a batch's mean loss; return that share."""
-        device = self.training.h.device
         h, t = self.training.h[rows].float(), self.training.t[rows]
-        w, dtype = self.whitening, self.backbone.model.dtype
-        x = linear(h - w.mean.float(), w.forward.float())
-        mapped = h + w.scale * affine(x, *weight_and_bias(self.parameters))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bf16):
+        x, dtype = linear(h - self.mean, self.forward), self.backbone.model.dtype
+        mapped = h + self.whitening.scale * affine(x, *weight_and_bias(self.parameters))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             with torch.no_grad():
                 teacher = self.backbone.logits(t)
             logits = self.backbone.logits(mapped.to(dtype))

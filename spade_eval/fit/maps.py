@@ -43,6 +43,13 @@ class Affine:
         """(P, d) to (P, d)."""
         return h + affine(h, self.weight, self.bias)
 
+    def to(self, device: torch.device) -> Affine:
+        """The same map on a device."""
+        if isinstance(self.weight, Tensor):
+            return Affine(self.weight.to(device), self.bias.to(device))
+        up, down = self.weight
+        return Affine((up.to(device), down.to(device)), self.bias.to(device))
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -77,13 +84,14 @@ class Whitening:
 
     def fold(self, weight: Weight, bias: Tensor) -> Affine:
         """The map of plain inputs, fp32, of one of whitened inputs."""
-        parts = (weight,) if isinstance(weight, Tensor) else weight
-        first, last = parts[0].detach().double() * self.scale, parts[-1].detach().double()
-        if isinstance(weight, Tensor):
+        parts = [weight] if isinstance(weight, Tensor) else [*weight]
+        first, *rest, b = (p.detach().to(self.mean.device).double() for p in (*parts, bias))
+        first, b = first * self.scale, b * self.scale
+        if not rest:
             a = first @ self.forward
-            return Affine(a.float(), (bias.detach().double() * self.scale - a @ self.mean).float())
-        down = last @ self.forward
-        b = bias.detach().double() * self.scale - first @ (down @ self.mean)
+            return Affine(a.float(), (b - a @ self.mean).float())
+        down = rest[0] @ self.forward
+        b = b - first @ (down @ self.mean)
         return Affine((first.float(), down.float()), b.float())
 
 
@@ -108,12 +116,14 @@ class Moments:
     @classmethod
     def of(cls, pairs: Pairs) -> Moments:
         """Sums over all positions, a block at a time."""
-        d = pairs.h.shape[1]
-        total = torch.zeros(2 * d, dtype=torch.float64, device=pairs.h.device)
-        square = torch.zeros(d, 2 * d, dtype=torch.float64, device=pairs.h.device)
+        d, device = pairs.h.shape[1], pairs.h.device
+        # Apple's GPUs have no float64.
+        device = torch.device("cpu") if device.type == "mps" else device
+        total = torch.zeros(2 * d, dtype=torch.float64, device=device)
+        square = torch.zeros(d, 2 * d, dtype=torch.float64, device=device)
         power = 0.0
         for h, t in zip(pairs.h.split(MAPPED_ROWS), pairs.t.split(MAPPED_ROWS), strict=True):
-            x, y = h.double(), t.double()
+            x, y = h.to(device).double(), t.to(device).double()
             both = torch.cat([x, y - x], 1)  # (P', 2 d)
             total += both.sum(0)
             square += x.T @ both

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from contextlib import contextmanager
@@ -50,6 +51,14 @@ def rows_of(name: str, task: Any, split: str) -> Sequence[Any]:
     if not found:
         raise UserError(f"split={split!r} has no rows: task {name} has {len(rows)} of them.")
     return found
+
+
+def data_of(task: Any) -> str:
+    """Names the data set of a task; empty where its own code makes the rows."""
+    config = task.config
+    files = (config.dataset_kwargs or {}).get("data_files")
+    parts = (config.dataset_path, config.dataset_name, files and json.dumps(files, sort_keys=True))
+    return " ".join(part for part in parts if part)
 
 
 def shuffled(name: str, n_rows: int, seed: int) -> list[int]:

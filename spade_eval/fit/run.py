@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -212,8 +212,12 @@ def _fit_layer(
     """Fit the map of one layer and measure it; leave both in the work folder."""
     path = work / f"layer-{layer}.safetensors"
     progress = Progress.load(path) if path.exists() else None
-    if progress is not None and progress.metrics:
-        return
+    if progress is not None:
+        if progress.metrics:
+            return
+        progress.best = progress.best.to(pairs.h.device)
+        # What is saved is written in the inputs that this penalty has whitened.
+        recipe = replace(recipe, penalties=(progress.penalty,))
     begin = time.perf_counter()
     before = 0.0 if progress is None else progress.seconds
     held_out = Pairs(pairs.h[n:], pairs.t[n:])
@@ -239,7 +243,7 @@ def _fit_layer(
     progress.metrics = {
         **lens,
         "ce_ridge": progress.ridge,
-        "penalty": descent.ridge.penalty,
+        "penalty": progress.penalty,
         "epochs": len(progress.losses) - 1,
         **{f"logit_lens_{name}": value for name, value in plain.items()},
     }

@@ -183,7 +183,10 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         with path.open("ab") as file:
             if file.tell() < size:
                 # Now, since a write into a mapped file on a full disk kills the process.
-                os.posix_fallocate(file.fileno(), 0, size)
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
     except OSError as err:
         raise UserError(
             f"The states need {size / 1e6:.0f} MB more in {path.parent}: {err.strerror}. Make "

@@ -88,7 +88,10 @@ class SpadeExitLM(SpadeLM):
         }  # fmt: skip
         self._calibration = _calibration(threshold, calibration)
         if self._calibration is not None:
-            chosen = self._calibration.arguments(given)
+            own = {"readout": readout or self.default_readout}
+            chosen = self._calibration.arguments({**given, **own})
+            if prompts := self._calibration.prompts:
+                log.warning("threshold=%s holds for runs with %s.", WORD, prompts)
         else:
             defaults = {**DEFAULTS, "readout": self.default_readout}
             chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}

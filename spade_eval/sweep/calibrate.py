@@ -14,6 +14,8 @@ from spade_eval.calibration import Calibration
 from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.exits import CONFIDENCES
+from spade_eval.fit.documents import load_tasks
+from spade_eval.fit.rows import data_of
 from spade_eval.lens import LinearLens
 from spade_eval.lm import lenses
 from spade_eval.splits import Split
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spade_eval.exits import Name
+    from spade_eval.lens_config import LensConfig
     from spade_eval.sweep.lm import SweepLM
 
 log = logging.getLogger(__name__)
@@ -74,7 +77,11 @@ def grid_of_thresholds(confidence: Name) -> tuple[float, ...]:
 
 
 def calibrate(
-    lm: SweepLM, tasks: Mapping[str, Any], settings: CalibrateSettings, command: str = ""
+    lm: SweepLM,
+    tasks: Mapping[str, Any],
+    settings: CalibrateSettings,
+    command: str = "",
+    include_path: Any = None,
 ) -> tuple[Calibration | None, pd.DataFrame]:
     """Find the threshold.
 
@@ -83,6 +90,7 @@ def calibrate(
         tasks: lm-eval's tasks by name.
         settings: What was asked for.
         command: For the file.
+        include_path: Folders of further tasks, in which those that trained the lens are looked up.
 
     Returns:
         The calibration, None if no threshold meets the bound; and the curve, most cautious first,
@@ -95,7 +103,10 @@ def calibrate(
 
     if lm.world_size > 1:
         raise UserError("calibrate runs in one process: start it without accelerate launch.")
-    _refuse_training_documents(lm, tasks, settings)
+    split = Split.parse(settings.split)
+    for name, lens in lm.maps.values():
+        _refuse_training_documents(name, lens.config, tasks, split, include_path)
+    _warn_of_evaluated_documents(tasks, split)
     watched = lm.grid.exits[0].lens
     if watched in lm.maps:
         lens = lm.maps[watched][1]
@@ -149,24 +160,42 @@ def calibrate(
         net_drop=round(float(row["net_drop"]), 6),
         model=lenses.recognise(lm.model, lens),
         curve=curve.round(6).to_dict("records"),
+        num_fewshot=settings.num_fewshot,
+        apply_chat_template=settings.apply_chat_template,
         command=command,
     ), curve
 
 
 def _refuse_training_documents(
-    lm: SweepLM, tasks: Mapping[str, Any], settings: CalibrateSettings
+    name: str, config: LensConfig, tasks: Mapping[str, Any], split: Split, include_path: Any
 ) -> None:
-    for name, lens in lm.maps.values():
-        config = lens.config
-        shared = sorted(set(config.tasks) & {*tasks, *settings.tasks})
-        trained = Split.parse(config.split) if shared else None
-        if trained is not None and trained.overlaps(Split.parse(settings.split)):
+    """Refuse documents that trained a lens, also through a group or another task's prompts."""
+    if config.tasks and config.split and Split.parse(config.split).overlaps(split):
+        known, data = set(config.tasks), set()
+        try:
+            loaded = load_tasks(config.tasks, include_path)
+        except UserError:  # data or a task that are not here: their names have to do
+            loaded = {}
+        known |= set(loaded)
+        data |= {data_of(task) for task in loaded.values()} - {""}
+        shared = [task for task in tasks if task in known or data_of(tasks[task]) in data]
+        if shared:
             raise UserError(
                 f"the {config.split} documents of {', '.join(shared)} trained the lens {name}: a "
                 "guarantee needs documents that it has not seen. Give another --split."
             )
-    if Split.parse(settings.split).name == "test":
-        log.warning("Calibrating on test documents: results on them are then no longer a test.")
+
+
+def _warn_of_evaluated_documents(tasks: Mapping[str, Any], split: Split) -> None:
+    for name, task in tasks.items():
+        own = Split("test" if task.has_test_docs() else "validation")
+        if own.overlaps(split):
+            log.warning(
+                "Calibrating on %s documents of %s, which lm_eval evaluates: results on them are "
+                "then no longer a test. Give --split validation[N:] and evaluate with --limit N, "
+                "or documents of another split.",
+                own.name, name,
+            )  # fmt: skip
 
 
 def _outcomes(

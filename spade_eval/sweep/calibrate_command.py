@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,8 +77,14 @@ def main(argv: list[str], tasks_path: Path) -> int:
     for name, value in (("--max-drop", args.max_drop), ("--confidence", args.confidence)):
         if not 0 < value < 1:
             raise UserError(f"{name} {value}: give a number between 0 and 1.")
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output} exists. Give another --output, or --overwrite.")
+    if args.output.is_dir() or (args.output.exists() and not args.overwrite):
+        raise UserError(f"{args.output} exists. Give another file as --output, or --overwrite.")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise UserError(f"--output {args.output} cannot be written: {err.strerror}.") from err
+    if not os.access(args.output.parent, os.W_OK):
+        raise UserError(f"--output {args.output}: its folder cannot be written.")
     # Loading lm-eval takes seconds; bad arguments have been told by now.
     from lm_eval.utils import setup_logging
 
@@ -103,15 +110,17 @@ def main(argv: list[str], tasks_path: Path) -> int:
     rule |= {"interval": checked.interval, "min_layer": checked.min_layer}
     lens = model_args.pop("lens", None)
     identity = lens == "identity"
-    if identity and rule["readout"] == "spade":
-        raise UserError("lens=identity goes with readout=lens: the logit lens's own exits.")
+    maps = [] if lens is None or identity else [("lens", LinearLens.from_pretrained(lens))]
+    kind = "logit_lens" if identity else maps[0][1].config.decoder if maps else "l_spade"
+    if kind != "l_spade" and rule["readout"] == "spade":
+        raise UserError(
+            f"lens={lens} goes with readout=lens: SPADE's exits are those of an L-SPADE lens."
+        )
     setup_logging()
     keep_freed_blocks()
     names = tuple(args.tasks.split(","))
     tasks = load_tasks(names, include_paths(args, tasks_path))
     require_scored(tasks)
-    maps = [] if lens is None or identity else [("lens", LinearLens.from_pretrained(lens))]
-    kind = "logit_lens" if identity else maps[0][1].config.decoder if maps else "l_spade"
     ask = Ask(
         decoders=(kind, "spade") if rule["readout"] == "spade" else (kind,),
         layers=(),
@@ -136,13 +145,15 @@ def main(argv: list[str], tasks_path: Path) -> int:
         num_fewshot=args.num_fewshot,
         apply_chat_template=args.apply_chat_template,
     )
-    found, curve = calibrate(lm, tasks, settings, command_line("calibrate", argv))
+    found, curve = calibrate(
+        lm, tasks, settings, command_line("calibrate", argv), include_paths(args, tasks_path)
+    )
     print(report(found, curve, settings))
     if found is None:
         return 1
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, found.to_json())
-    print(f"\nWritten to {args.output}; use it with threshold={WORD}.")
+    place = "" if args.output == Path(NAME) else f",calibration={args.output}"
+    print(f"\nWritten to {args.output}; use it with threshold={WORD}{place}.")
     return 0
 
 
