@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from spade_eval import lens_files
+from spade_eval.default_model import DEFAULT_MODEL_NAME
 from spade_eval.lens_config import table
 
 if TYPE_CHECKING:
@@ -99,15 +100,17 @@ def _accuracy(entry: dict[str, Any]) -> str:
 def card(record: Record) -> str:
     """The model card of an adapter, Markdown with its YAML head."""
     hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.base_model)  # the Hub refuses local paths
+    default = record.base_model == DEFAULT_MODEL_NAME  # no id of a Hub: it needs no pretrained=
     head = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
-        base_model=record.base_model if hub_id else None,
+        base_model=record.base_model if hub_id and not default else None,
         tags=["spade_eval", "lora", "lm-evaluation-harness"],
     )
     revision = f", revision {record.revision}" if record.revision else ""
-    arguments = f"pretrained={record.base_model}"
+    arguments = f"hf --model_args pretrained={record.base_model}"
     arguments += f",revision={record.revision}" if record.revision else ""
+    arguments = "spade_layer --model_args layer=-1" if default else arguments
     facts: list[list[object]] = [
         ["base model", record.base_model + revision],
         ["fingerprint of its norm and head", record.fingerprint],
@@ -138,7 +141,7 @@ evaluate on the test split.
 
 ## Use
 
-    lm_eval --model hf --model_args {arguments},peft=ADAPTER \\
+    spade-eval run --model {arguments},peft=ADAPTER \\
             --tasks {",".join(record.tasks)}
 
 ADAPTER is this repository's id or a folder with its files. The models of spade_eval take the same

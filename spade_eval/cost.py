@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +56,12 @@ class Source:
     tasks: Sequence[str]
     counted: NDArray[np.bool_]
 
+    @cached_property
+    def coded(self) -> tuple[list[str], Ints]:
+        """The names of the tasks, and for each request the index of its own."""
+        names, codes = np.unique(np.array(self.tasks), return_inverse=True)
+        return names.tolist(), codes
+
 
 @dataclass
 class Tally:
@@ -79,7 +86,8 @@ class Tally:
         head_token_layers: Heads at the scored positions.
         full_depth_token_layers: The same plan through all layers, heads included.
         exits: Decisions by the layer they exited at, L where they did not.
-        row_exits: Contexts by the layer at which the last of their continuations exited.
+        row_exits: Contexts by the layer at which the last of their continuations exited; in dense
+            rows, each continuation by itself.
     """
 
     requests: int = 0
@@ -234,7 +242,13 @@ class Account:
             self._tally(source.tasks[request]).row_exits[layer] += 1
 
     def add_generated(
-        self, run: Generated, requests: Ints, source: Source, prices: Prices, exits: bool
+        self,
+        run: Generated,
+        requests: Ints,
+        source: Source,
+        prices: Prices,
+        exits: bool,
+        starts: int,
     ) -> None:
         """Count a batch of generated texts.
 
@@ -244,7 +258,9 @@ class Account:
             source: Where the requests come from.
             prices: Of heads and checks.
             exits: Whether its tokens decided about their layers.
+            starts: Start tokens that had to be computed.
         """
+        self.start_token_layers += starts * prices.n_layers
         work, new = run.work, np.array([len(tokens) for tokens in run.tokens])
         alone = run.prompt_lengths == 1  # the first token is read at position 0
         fed = run.prompt_lengths + new - 1  # the last token is not
@@ -335,12 +351,13 @@ class Account:
 
     def _by_task(self, source: Source, owners: Ints, **amounts: float | NDArray[Any]) -> None:
         """Add amounts, one for all or one for each owner, a request, to their tasks' sums."""
-        names, which = np.unique(np.array(source.tasks)[owners], return_inverse=True)
+        names, codes = source.coded
+        found = codes[owners]
+        present = np.flatnonzero(np.bincount(found)).tolist()
         for name, amount in amounts.items():
-            each = np.broadcast_to(amount, owners.shape)
-            sums = np.bincount(which, weights=each, minlength=len(names))
-            for task, value in zip(names.tolist(), sums.tolist(), strict=True):
-                tally = self._tally(task)
+            sums = np.bincount(found, weights=np.broadcast_to(amount, owners.shape)).tolist()
+            for code in present:
+                tally, value = self._tally(names[code]), sums[code]
                 whole = isinstance(getattr(tally, name), int)
                 setattr(tally, name, getattr(tally, name) + (int(value) if whole else value))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from huggingface_hub import ModelCardData
 
 from spade_eval import __version__
+from spade_eval.default_model import DEFAULT_MODEL_NAME
 from spade_eval.errors import UserError, require_known
 
 if TYPE_CHECKING:
@@ -146,16 +147,17 @@ class LensConfig:
 def card(config: LensConfig) -> str:
     """The model card of a lens, Markdown with its YAML head."""
     hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.base_model)  # the Hub refuses local paths
+    default = config.base_model == DEFAULT_MODEL_NAME  # no id of a Hub: it needs no pretrained=
     head = ModelCardData(
         library_name="spade_eval",
-        base_model=config.base_model if hub_id else None,
+        base_model=config.base_model if hub_id and not default else None,
         tags=["spade_eval", config.decoder, "early-exit"],
     )
     teacher = "SPADE's output" if config.teacher == "spade" else "the full model's output"
     shape = "full rank" if config.rank is None else f"rank {config.rank}"
-    arguments = f"pretrained={config.base_model}"
-    arguments += f",revision={config.revision}" if config.revision else ""
-    arguments += ",peft=ADAPTER" if config.adapter else ""
+    arguments = "" if default else f"pretrained={config.base_model},"
+    arguments += f"revision={config.revision}," if config.revision else ""
+    arguments += "peft=ADAPTER," if config.adapter else ""
     example = config.layers[-1] if config.layers else config.n_layers
     revision = f", revision {config.revision}" if config.revision else ""
     keys = list(dict.fromkeys(key for values in config.metrics.values() for key in values))
@@ -194,7 +196,7 @@ layer l: an answer without the layers above it.
 ## Use
 
     lm_eval --model {config.decoder} \\
-            --model_args {arguments},lens=LENS,layer={example} \\
+            --model_args {arguments}lens=LENS,layer={example} \\
             --tasks arc_easy
 
 LENS is this repository's id or a folder with its files. In Python:

@@ -16,6 +16,7 @@ from spade_eval.batching import collate
 from spade_eval.cost import Account, Prices, Source, Tally
 from spade_eval.decisions import decide
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
+from spade_eval.lm.requests import source_of
 from spade_eval.scoring import Layout, Request, plan
 
 SCOPES = ["context", "token", "request"]
@@ -103,6 +104,13 @@ def test_a_batch_by_hand() -> None:
     assert report["mean_exit_layer"] == 3
     assert report["mean_row_exit_layer"] == pytest.approx((2 + 4 + 4) / 3, abs=0.01)
     assert report["tasks"]["x"]["exits"] == {"2": 1}
+
+
+def test_repeats_count_and_a_ranks_copies_do_not() -> None:
+    """lm-eval asks a task with `repeats` so many times, and pads a rank with its last request."""
+    one, other = (Instance("loglikelihood", {}, ("a", "b"), 0, ("x", n, 3)) for n in range(2))
+    counted = source_of([one] * 3 + [other] * 3 + [other] * 3).counted
+    assert counted.tolist() == [True] * 6 + [False] * 3
 
 
 def test_a_report_is_json_even_of_nothing() -> None:

@@ -86,6 +86,23 @@ def test_at_the_last_layer_answers_are_those_of_hflm(cls: type, family: str, lay
     requests = instances(task_pairs())
     ours = build(cls, family, layer=-1, logits_cache=layout == "packed")
     close(ours.loglikelihood(requests), build(HFLM, family).loglikelihood(requests))
+    # Windows of five tokens leave no context that could be packed.
+    packs = layout == "packed" and family in ("llama", "gpt2")
+    assert bool(ours.account.total.requests_packed) == packs
+
+
+@pytest.mark.parametrize("family", ["mistral_sliding", "gemma2", "gemma3", "gpt_oss"])
+def test_contexts_shorter_than_a_window_are_packed(family: str) -> None:
+    """Beside longer ones, which are not."""
+    requests = instances(task_pairs())
+    network = tiny(family, vocab_size=BYTES, max_position_embeddings=256, sliding_window=30)
+    common = {"pretrained": network, "batch_size": 4, "max_length": MAX_LENGTH}
+    ours = SpadeLayerLM(layer=-1, tokenizer=byte_tokenizer(), **common)
+    theirs = HFLM(tokenizer=byte_tokenizer(), **common)
+    close(ours.loglikelihood(requests), theirs.loglikelihood(requests))
+    unbounded = build(SpadeLayerLM, layer=-1)
+    unbounded.loglikelihood(requests)
+    assert 0 < ours.account.total.requests_packed < unbounded.account.total.requests_packed
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])

@@ -387,3 +387,34 @@ def test_a_cache_is_one_settings_own(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"answers of another configuration.*{differs}"):
             answer(other)
     assert answer(exit_lm())[0] == first
+
+
+def test_a_killed_run_leaves_whole_contexts_in_the_cache(tmp_path: Path) -> None:
+    """The entropy over choices needs them all, and lm-eval asks again for the missing ones only."""
+    path = str(tmp_path / "answers.db")
+    pairs = instances([("abc", "d"), ("abc", "efghi"), ("xy", "zab"), ("xy", "w")])
+    whole = {"confidence": "choice_entropy", "logits_cache": False, "batch_size": 1}
+    lm = exit_lm(1.2, **whole)
+    score, calls = lm._score, []
+    lm.most_tokens_at_once = 0
+
+    def die_at_the_third_batch(batches: Any, account: Any) -> Any:
+        calls.append(batches)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(batches, account)
+
+    lm._score = die_at_the_third_batch
+    cached = CachingLM(lm, path)
+    with pytest.raises(KeyboardInterrupt):
+        cached.loglikelihood(pairs)
+    kept = len(cached.dbdict) - 1  # one entry tells the configuration
+    cached.dbdict.close()
+    assert kept == 2
+    resumed = exit_lm(1.2, **whole)
+    cached = CachingLM(resumed, path)
+    found = cached.loglikelihood(pairs)
+    cached.dbdict.close()
+    assert resumed.account.total.requests == 2
+    expected = exit_lm(1.2, **whole).loglikelihood(pairs)
+    torch.testing.assert_close([x for x, _ in found], [x for x, _ in expected], atol=1e-4, rtol=0)

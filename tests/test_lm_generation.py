@@ -67,6 +67,24 @@ def test_at_full_depth_texts_are_those_of_hflm(family: str, batch_size: int) -> 
     assert len({*theirs}) > 6
 
 
+def test_processors_see_the_padding_of_hflm() -> None:
+    """What may not be repeated is the padding too, whose id here is a letter's."""
+    asked = requests({"max_gen_toks": 8, "no_repeat_ngram_size": 1})
+    short = asked[0].args[0]  # is padded beside the others
+
+    def texts(cls: Any, pad: int, **arguments: Any) -> list[str]:
+        tokenizer = byte_tokenizer.__wrapped__()  # one of our own
+        tokenizer.pad_token_id = pad
+        return build(cls, tokenizer=tokenizer, **arguments).generate_until(asked)
+
+    plain = texts(HFLM, 0)
+    letters = [c for c in plain[0] if c.isascii() and c not in short]
+    ids = [byte_tokenizer().encode(letter)[0] for letter in letters[:3]]
+    expected = [texts(HFLM, pad) for pad in ids]
+    assert any(found[0] != plain[0] for found in expected)
+    assert [texts(SpadeLayerLM, pad, layer=-1) for pad in ids] == expected
+
+
 def test_samples_are_those_of_hflm() -> None:
     settings = {"max_gen_toks": 12, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
     texts = []
@@ -195,6 +213,7 @@ def test_the_account_of_texts_by_task() -> None:
     assert total.full_depth_token_layers == pytest.approx(
         total.tokens * 4 + total.generated_tokens * lm.prices.head
     )
+    assert lm.account.start_token_layers == 4 * len({r.args[0][0] for r in requests(GREEDY)})
     assert report["tokens_per_second"] == pytest.approx(
         total.generated_tokens / lm.account.generation_seconds, abs=0.01
     )

@@ -63,6 +63,12 @@ def test_loading(saved: Path, arguments: dict) -> None:
         assert max(abs(a - b) for (a, _), (b, _) in zip(plain, theirs, strict=True)) > 0.1
 
 
+def test_parallelize_needs_no_device(saved: Path) -> None:
+    arguments = {"batch_size": 4, "max_length": MAX_LENGTH, "parallelize": True}
+    lm = SpadeLayerLM(pretrained=str(saved / "base"), layer=-1, **arguments)
+    close(lm.loglikelihood(instances(task_pairs())), answers(HFLM, saved / "base"))
+
+
 def test_bf16_gives_what_hf_gives_to_its_precision(saved: Path) -> None:
     theirs = answers(HFLM, saved / "base", dtype="bfloat16")
     ours = answers(SpadeLayerLM, saved / "base", dtype="bfloat16", layer=-1)

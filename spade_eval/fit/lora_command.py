@@ -19,7 +19,7 @@ examples:
   spade-eval finetune --tasks spade_arc_easy,spade_arc_challenge --output adapters/arc
   spade-eval finetune --tasks spade_boolq --model_args pretrained=gpt2 --minutes 30 \\
       --output adapters/boolq
-  lm_eval --model spade_exit --model_args peft=adapters/arc,threshold=0.5 --tasks spade_arc_easy
+  spade-eval run --model spade_layer --model_args peft=adapters/arc,layer=-1 --tasks spade_arc_easy
   accelerate launch -m spade_eval finetune ...
 """
 

@@ -72,6 +72,11 @@ def finetune(
             "The model has an adapter already; finetune begins a new one. Leave peft= out, or "
             "merge the adapter into its model first."
         )
+    if lm.device.type == "cuda" and (lm.device.index or 0) != (processes.device.index or 0):
+        raise UserError(
+            f"--device {lm.device}: the Trainer moves the model to {processes.device}. Hide the "
+            f"other GPUs instead: CUDA_VISIBLE_DEVICES={lm.device.index} and --device cuda."
+        )
     settings.micro_batches(processes.num_processes)
     tasks = documents.load_tasks(settings.tasks, include_path)
     asked = questions.validation(lm, tasks, seed=settings.seed, most=settings.validation_documents)

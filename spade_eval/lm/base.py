@@ -31,7 +31,7 @@ from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.generation import check
 from spade_eval.lm import arguments, generation
-from spade_eval.lm.cache import fingerprint, guard
+from spade_eval.lm.cache import Partial, fingerprint, guard
 from spade_eval.lm.pages import token_windows
 from spade_eval.lm.requests import place, source_of
 from spade_eval.lm.windows import may_pack, window
@@ -42,11 +42,10 @@ if TYPE_CHECKING:
     from spade_eval.answers import Answers
     from spade_eval.batching import Ints
     from spade_eval.generation import Generated
+    from spade_eval.lm.requests import TokenRequest
     from spade_eval.policy import Policy
 
 log = logging.getLogger(__name__)
-
-TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class SpadeLM(HFLM):
@@ -63,7 +62,8 @@ class SpadeLM(HFLM):
     """
 
     def __init__(self, pretrained: Any = None, **kwargs: Any):
-        kwargs.setdefault("device", "")  # whatever there is; HFLM's own default is a GPU
+        # HFLM's own default is a GPU, whether there is one or not.
+        kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         arguments.check_values(kwargs)
         self._given = kwargs
         if pretrained is None:
@@ -100,6 +100,8 @@ class SpadeLM(HFLM):
     def _check_config(self, n_layers: int) -> None:
         """Check own arguments against a model of `n_layers`, before its weights are loaded."""
 
+    _needs_whole_contexts = False
+    """Whether an answer depends on which other continuations its context has."""
     most_tokens_at_once = 0
     """Batches of less than so many tokens are scored with the next ones."""
     most_tokens_in_batch = sys.maxsize
@@ -246,15 +248,14 @@ class SpadeLM(HFLM):
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
+        partial = Partial(self.cache_hook, requests, whole_contexts=self._needs_whole_contexts)
         for batch, answers in self._answered(self._batches(plan, override_bs)):
             np.add.at(sums, batch.requests, answers.logprobs)
             np.logical_and.at(greedy, batch.requests, answers.greedy)
             # A request lies in one batch: what is done survives a kill in --use_cache.
             done = np.unique(batch.requests).tolist()
             for index in done:
-                if (text := requests[index][0]) is not None:
-                    answer = (float(sums[index]), bool(greedy[index]))
-                    self.cache_hook.add_partial("loglikelihood", text, answer)
+                partial.add(index, (float(sums[index]), bool(greedy[index])))
             bar.update(len(done))
         bar.close()
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
@@ -265,9 +266,9 @@ class SpadeLM(HFLM):
         with self._accounting(requests):
             return generation.generate_until(self, requests, policy, disable_tqdm)
 
-    def count_generated(self, run: Generated, requests: Ints) -> None:
-        """Add the texts that were generated for some requests, (B,), to the account."""
-        self.account.add_generated(run, requests, self._source, self.prices, self.decides)
+    def count_generated(self, run: Generated, requests: Ints, starts: int) -> None:
+        """Add the texts of some requests, (B,), and new start tokens, to the account."""
+        self.account.add_generated(run, requests, self._source, self.prices, self.decides, starts)
 
     @cached_property
     def policy(self) -> Policy:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,11 @@ from spade_eval import __version__
 from spade_eval.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping, MutableMapping, Sequence
 
     from torch import nn
+
+    from spade_eval.lm.requests import TokenRequest
 
 KEY = "spade_eval:fingerprint"
 
@@ -42,6 +45,37 @@ def guard(responses: MutableMapping[str, Any], fingerprint: dict[str, object]) -
             "Give another --use_cache path, one per configuration."
         )
     responses[KEY] = fingerprint
+
+
+class Partial:
+    """Hands answers on to lm-eval's response cache as they come, so that they survive a kill.
+
+    Args:
+        hook: lm-eval's hook.
+        requests: The requests; those without texts are not cached.
+        whole_contexts: Whether to hold a context's answers back until it has them all: lm-eval
+            asks again for the missing ones alone.
+    """
+
+    def __init__(self, hook: Any, requests: Sequence[TokenRequest], *, whole_contexts: bool):
+        self.hook, self.requests, self.whole = hook, requests, whole_contexts
+        self.missing = Counter(tuple(r[1]) for r in requests) if whole_contexts else Counter()
+        self.held: dict[tuple[int, ...], list[tuple[int, tuple[float, bool]]]] = {}
+
+    def add(self, index: int, answer: tuple[float, bool]) -> None:
+        """A request's answer."""
+        ready = [(index, answer)]
+        if self.whole:
+            context = tuple(self.requests[index][1])
+            ready = self.held.setdefault(context, [])
+            ready.append((index, answer))
+            self.missing[context] -= 1
+            if self.missing[context]:
+                return
+            del self.held[context]
+        for at, value in ready:
+            if (text := self.requests[at][0]) is not None:
+                self.hook.add_partial("loglikelihood", text, value)
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -72,6 +106,8 @@ def fingerprint(lm: Any, settings: dict[str, object]) -> dict[str, object]:
         "max_length": lm.max_length,
         "add_bos_token": lm.add_bos_token,
         "prefix_token_id": lm.prefix_token_id,
+        "think_end_token": lm.think_end_token,
+        "generation_config": config_digest(lm.model.generation_config),
     }
 
 

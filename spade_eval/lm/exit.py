@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from spade_eval.cost import Account, Prices
     from spade_eval.decoders import Decoder
     from spade_eval.generation import Generated
-    from spade_eval.lm.base import TokenRequest
+    from spade_eval.lm.requests import TokenRequest
 
 
 DEFAULTS: dict[str, Any] = {
@@ -168,6 +168,10 @@ class SpadeExitLM(SpadeLM):
             return
         self._choices = first_tokens(requests)
 
+    @property
+    def _needs_whole_contexts(self) -> bool:  # type: ignore[override]
+        return self.rule.confidence == "choice_entropy"
+
     # States of 1,000 tokens take 2.3 MB for 135M in fp32, 8 MB for 7B in bf16.
     most_tokens_at_once = 8192
 
@@ -217,9 +221,9 @@ class SpadeExitLM(SpadeLM):
                 found = positions[n], int(layers[n]), values[n], int(batch.targets[n])
                 self._write_line(file, request, *found, logprob=trace.answers.logprobs[n])
 
-    def count_generated(self, run: Generated, requests: Ints) -> None:
+    def count_generated(self, run: Generated, requests: Ints, starts: int) -> None:
         """As in `SpadeLM`; the tokens go to the log too."""
-        super().count_generated(run, requests)
+        super().count_generated(run, requests, starts)
         if self._log_path is None:
             return
         with self._log_path.open("a", encoding="utf-8") as file:

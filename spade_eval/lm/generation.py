@@ -118,8 +118,9 @@ def generate_until(
     for given, indices in _batches(lm, requests, contexts):
         settings = Settings.parse(lm, given)
         batch = [_cut(lm, contexts[index], settings.new) for index in indices]
+        known = lm.backbone.starts.computed
         run = _run(lm, batch, settings, policy)
-        lm.count_generated(run, np.array(indices))
+        lm.count_generated(run, np.array(indices), lm.backbone.starts.computed - known)
         for index, tokens in zip(indices, run.tokens, strict=True):
             texts[index] = _text(lm, tokens, settings.until)
             lm.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
@@ -175,7 +176,8 @@ def _cut(lm: SpadeLM, ids: list[int], new: int) -> list[int]:
 def _run(lm: SpadeLM, batch: Sequence[list[int]], settings: Settings, policy: Policy) -> Generated:
     """Generate for some contexts at once."""
     width = max(map(len, batch))
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    # HFLM's padding: logits processors see it.
+    ids = torch.full((len(batch), width), lm.tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, context in enumerate(batch):
         ids[row, width - len(context) :] = torch.tensor(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,9 @@ def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: boo
     if lens is None:
         lens = LinearLens.identity(backbone.n_layers, backbone.width)
     check(lens, backbone.model, _name(name), force=force)
-    return lens.to(device=backbone.device, dtype=backbone.model.dtype).requires_grad_(False)
+    # A copy, since the lens may be the caller's own, for other models too.
+    own = copy.deepcopy(lens) if lens is name else lens
+    return own.to(device=backbone.device, dtype=backbone.model.dtype).requires_grad_(False)
 
 
 def prices(

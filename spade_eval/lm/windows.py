@@ -21,7 +21,8 @@ def window(config: Any) -> int | None:
 def may_pack(config: Any) -> bool:
     """Whether the config leaves room for packed rows; flash attention takes no 4D mask."""
     other = any(
-        value and "window" in name and name not in IN_MASKS + NO_WINDOWS
+        # A pattern tells which layers have the window that is named elsewhere.
+        value and "window" in name and "pattern" not in name and name not in IN_MASKS + NO_WINDOWS
         for name, value in config.to_dict().items()
     )
     return not other and "flash" not in str(getattr(config, "_attn_implementation", ""))

@@ -25,7 +25,7 @@ _EPILOG = """\
 example:
   spade-eval calibrate --tasks spade_arc_easy --max-drop 0.03 \\
       --model_args peft=adapters/arc,lens=lenses/arc,confidence=choice_entropy
-  lm_eval --model spade_exit --tasks spade_arc_easy \\
+  spade-eval run --model spade_exit --tasks spade_arc_easy \\
       --model_args peft=adapters/arc,lens=lenses/arc,threshold=calibrated
 """
 

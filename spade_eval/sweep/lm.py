@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from spade_eval.batching import Batch
     from spade_eval.decoders import Positions
     from spade_eval.exits import Scope
-    from spade_eval.lm.base import TokenRequest
+    from spade_eval.lm.requests import TokenRequest
     from spade_eval.sweep.store import Store
 
 
