@@ -3,6 +3,7 @@ that does not fit is refused in a sentence."""
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -296,7 +297,7 @@ def test_a_damaged_lens_is_one_sentence(tmp_path: Path) -> None:
 def test_a_lens_of_the_callers_own_stays_as_it_is() -> None:
     own = lens_for()
     before = {name: value.clone() for name, value in own.state_dict().items()}
-    network = tiny("llama").to(torch.bfloat16)
+    network = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
     LSpadeLM(pretrained=network, lens=own, layer=2, tokenizer=byte_tokenizer(), force_lens=True)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in own.parameters())
     torch.testing.assert_close(dict(own.state_dict()), before, rtol=0, atol=0)
