@@ -7,7 +7,6 @@ them stand a model card and `finetune.json`, a record of the training.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from spade_eval import lens_files
 from spade_eval.default_model import DEFAULT_MODEL_NAME
-from spade_eval.lens_config import table
+from spade_eval.lens_config import hub_id, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,18 +98,17 @@ def _accuracy(entry: dict[str, Any]) -> str:
 
 def card(record: Record) -> str:
     """The model card of an adapter, Markdown with its YAML head."""
-    hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.base_model)  # the Hub refuses local paths
-    default = record.base_model == DEFAULT_MODEL_NAME  # no id of a Hub: it needs no pretrained=
     head = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
-        base_model=record.base_model if hub_id and not default else None,
+        base_model=hub_id(record.base_model),
         tags=["spade_eval", "lora", "lm-evaluation-harness"],
     )
     revision = f", revision {record.revision}" if record.revision else ""
     arguments = f"hf --model_args pretrained={record.base_model}"
     arguments += f",revision={record.revision}" if record.revision else ""
-    arguments = "spade_layer --model_args layer=-1" if default else arguments
+    if record.base_model == DEFAULT_MODEL_NAME:  # needs no pretrained=, which hf does
+        arguments = "spade_layer --model_args layer=-1"
     facts: list[list[object]] = [
         ["base model", record.base_model + revision],
         ["fingerprint of its norm and head", record.fingerprint],

@@ -146,15 +146,14 @@ class LensConfig:
 
 def card(config: LensConfig) -> str:
     """The model card of a lens, Markdown with its YAML head."""
-    hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.base_model)  # the Hub refuses local paths
-    default = config.base_model == DEFAULT_MODEL_NAME  # no id of a Hub: it needs no pretrained=
     head = ModelCardData(
         library_name="spade_eval",
-        base_model=config.base_model if hub_id and not default else None,
+        base_model=hub_id(config.base_model),
         tags=["spade_eval", config.decoder, "early-exit"],
     )
     teacher = "SPADE's output" if config.teacher == "spade" else "the full model's output"
     shape = "full rank" if config.rank is None else f"rank {config.rank}"
+    default = config.base_model == DEFAULT_MODEL_NAME  # needs no pretrained=
     arguments = "" if default else f"pretrained={config.base_model},"
     arguments += f"revision={config.revision}," if config.revision else ""
     arguments += "peft=ADAPTER," if config.adapter else ""
@@ -234,6 +233,12 @@ The command:
 
 {table(["layer", *keys], rows) if rows else "Nothing."}
 """
+
+
+def hub_id(base_model: str) -> str | None:
+    """A model's id on the Hub, which refuses others in a card; None for a folder's or our own."""
+    whole = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model)
+    return base_model if whole and base_model != DEFAULT_MODEL_NAME else None
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:

@@ -51,6 +51,19 @@ def instances(pairs: list[tuple[str, ...]], kind: str = "loglikelihood") -> list
     ]
 
 
+def dies_at(lm: Any, call: int) -> None:
+    """Let a model be killed in its n-th call of `_score`, from 1 on."""
+    score, calls = lm._score, []
+
+    def die(batches: Any, account: Any) -> Any:
+        calls.append(batches)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return score(batches, account)
+
+    lm._score = die
+
+
 def text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(words))
 

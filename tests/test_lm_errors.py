@@ -8,7 +8,7 @@ import pytest
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.model import CachingLM
 from sqlitedict import SqliteDict
-from test_lm import build, close, instances, model
+from test_lm import build, close, dies_at, instances, model
 from zoo import byte_tokenizer, tiny
 
 from spade_eval.errors import UnsupportedModelError, UserError
@@ -175,15 +175,7 @@ def test_a_cache_of_unknown_origin_is_refused(tmp_path: Path) -> None:
 def test_a_killed_run_leaves_its_answers_in_the_cache(tmp_path: Path) -> None:
     path = tmp_path / "answers.db"
     lm = build(SpadeLayerLM, layer=2, batch_size=1)
-    score, calls = lm._score, []
-
-    def die_at_the_second_batch(batch: Any, account: Any) -> Any:
-        calls.append(batch)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return score(batch, account)
-
-    lm._score = die_at_the_second_batch
+    dies_at(lm, 2)
     pairs = instances([("abcdef", "gh"), ("x", "y")])
     cached = CachingLM(lm, str(path))
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
-from test_lm import build, close, instances, model, task_pairs, text
+from test_lm import build, close, dies_at, instances, model, task_pairs, text
 from zoo import byte_tokenizer
 
 from spade_eval.errors import UserError
@@ -395,16 +395,8 @@ def test_a_killed_run_leaves_whole_contexts_in_the_cache(tmp_path: Path) -> None
     pairs = instances([("abc", "d"), ("abc", "efghi"), ("xy", "zab"), ("xy", "w")])
     whole = {"confidence": "choice_entropy", "logits_cache": False, "batch_size": 1}
     lm = exit_lm(1.2, **whole)
-    score, calls = lm._score, []
     lm.most_tokens_at_once = 0
-
-    def die_at_the_third_batch(batches: Any, account: Any) -> Any:
-        calls.append(batches)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return score(batches, account)
-
-    lm._score = die_at_the_third_batch
+    dies_at(lm, 4)
     cached = CachingLM(lm, path)
     with pytest.raises(KeyboardInterrupt):
         cached.loglikelihood(pairs)

@@ -174,7 +174,7 @@ class Descent:
             other = self._ridge(moments, penalty)
             if other.loss < best.loss or math.isnan(best.loss):
                 best = other
-        self.ridge, self.whitening = best, best.whitening
+        self.ridge = best
         self.mean, self.forward = (
             x.float().to(self.device) for x in (best.whitening.mean, best.whitening.forward)
         )
@@ -184,7 +184,7 @@ class Descent:
     @property
     def map(self) -> Affine:
         """The map as it now is, of plain inputs."""
-        return self._folded(self.whitening, self.parameters)
+        return self._folded(self.ridge.whitening, self.parameters)
 
     def start(self) -> Progress:
         """The ridge solution; the identity where that is better, since few positions fit nothing.
@@ -272,7 +272,7 @@ class Descent:
         """Add the gradient of some rows' share of a batch's mean loss; return that share."""
         h, t = self.training.h[rows].float(), self.training.t[rows]
         x, dtype = linear(h - self.mean, self.forward), self.backbone.model.dtype
-        mapped = h + self.whitening.scale * affine(x, *weight_and_bias(self.parameters))
+        mapped = h + self.ridge.whitening.scale * affine(x, *weight_and_bias(self.parameters))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             with torch.no_grad():
                 teacher = self.backbone.logits(t)

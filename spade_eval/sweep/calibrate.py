@@ -171,13 +171,12 @@ def _refuse_training_documents(
 ) -> None:
     """Refuse documents that trained a lens, also through a group or another task's prompts."""
     if config.tasks and config.split and Split.parse(config.split).overlaps(split):
-        known, data = set(config.tasks), set()
         try:
             loaded = load_tasks(config.tasks, include_path)
         except UserError:  # data or a task that are not here: their names have to do
             loaded = {}
-        known |= set(loaded)
-        data |= {data_of(task) for task in loaded.values()} - {""}
+        known = {*config.tasks, *loaded}
+        data = {data_of(task) for task in loaded.values()} - {""}
         shared = [task for task in tasks if task in known or data_of(tasks[task]) in data]
         if shared:
             raise UserError(
