@@ -112,6 +112,18 @@ def hits(results: dict[str, Any], task: str) -> list[float]:
     return [float(sample["acc"]) for sample in results["samples"][task]]
 
 
+def paired(found: list[float], base: list[float]) -> dict[str, float]:
+    """Two runs' accuracies on the same documents, and their difference with its standard error."""
+    gaps = [a - b for a, b in zip(found, base, strict=True)]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    return {
+        "acc_full": round(statistics.mean(base), 4),
+        "acc": round(statistics.mean(found), 4),
+        "difference": round(statistics.mean(gaps), 4),
+        "paired_stderr": round(error, 4),
+    }
+
+
 def curves(build: Any, limit: int, tasks: list[str], path: Path) -> list[dict[str, Any]]:
     """Every curve of `CURVES` on every task, beside full depth; rows are written at once."""
     rows: list[dict[str, Any]] = []
@@ -126,17 +138,13 @@ def curves(build: Any, limit: int, tasks: list[str], path: Path) -> list[dict[st
             for threshold in thresholds:
                 results, seconds, account = run(build({**setting, "threshold": threshold}), case)
                 found = hits(results, task)
-                gaps = [a - b for a, b in zip(found, base, strict=True)]
                 rows.append(
                     {
                         "task": task,
                         "items": len(found),
                         **setting,
                         "threshold": threshold,
-                        "acc_full": round(statistics.mean(base), 4),
-                        "acc": round(statistics.mean(found), 4),
-                        "difference": round(statistics.mean(gaps), 4),
-                        "paired_stderr": round(statistics.stdev(gaps) / math.sqrt(len(gaps)), 4),
+                        **paired(found, base),
                         "mean_exit_layer": account["mean_exit_layer"],
                         "mean_row_exit_layer": account["mean_row_exit_layer"],
                         "token_layer_ratio": account["token_layer_ratio"],

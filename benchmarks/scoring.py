@@ -132,14 +132,14 @@ def compare(case: Case, repeats: int, model: Any, tokenizer: Any) -> dict[str, A
     return report
 
 
-def peak_flops(dtype: torch.dtype, seconds: float = 2.0) -> float:
+def peak_flops(dtype: torch.dtype) -> float:
     """The machine's best matrix product: operations per second, sustained, over square sizes."""
     best = 0.0
     for n in (1024, 2048, 4096):
         a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
         a @ b
         done, begin = 0, time.perf_counter()
-        while time.perf_counter() - begin < seconds:
+        while time.perf_counter() - begin < 2.0:  # long enough to be sustained
             a @ b
             done += 2 * n**3
         best = max(best, done / (time.perf_counter() - begin))
