@@ -13,11 +13,12 @@ from lm_eval.api.instance import Instance
 from test_lm import build, text
 
 from spade_eval.batching import collate
-from spade_eval.cost import Account, Prices, Source, Tally
+from spade_eval.cost import Account
 from spade_eval.decisions import decide
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.requests import source_of
 from spade_eval.scoring import Layout, Request, plan
+from spade_eval.tally import Prices, Source, Tally
 
 SCOPES = ["context", "token", "request"]
 EVERY = {"lens": "identity", "interval": 1, "min_layer": 1}

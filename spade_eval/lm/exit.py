@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
     from spade_eval.answers import Answers
     from spade_eval.batching import Batch, Ints
-    from spade_eval.cost import Account, Prices
+    from spade_eval.cost import Account
     from spade_eval.decoders import Decoder
     from spade_eval.generation import Generated
     from spade_eval.lm.requests import TokenRequest
+    from spade_eval.tally import Prices
 
 
 DEFAULTS: dict[str, Any] = {

@@ -6,11 +6,11 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spade_eval.cost import Prices
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint, digest
 from spade_eval.lens import LinearLens, check
 from spade_eval.lm.cache import config_digest, weights_digest
+from spade_eval.tally import Prices
 
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone

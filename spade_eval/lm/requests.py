@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spade_eval.cost import Source
+from spade_eval.tally import Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -133,7 +133,7 @@ def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
     """Put sweeps of the same model together, such as those of different tasks.
 
     Returns:
-        One sweep per model, and remarks on what was measured twice.
+        One sweep per model, and remarks on what was measured twice and came out differently.
 
     Raises:
         UserError: Sweeps of one model disagree about its layers, or about a task's documents.
@@ -151,9 +151,13 @@ def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
             )
         _require_alike(parts)
         cells = pd.concat([part.cells for part in parts], ignore_index=True)
-        kept = cells.drop_duplicates([*_TEXT, "layer", "threshold"], keep="last", ignore_index=True)
-        if twice := len(cells) - len(kept):
-            remarks.append(f"{model}: {twice} cells are there twice; the last one is shown.")
+        names = [*_TEXT, "layer", "threshold"]
+        kept = cells.drop_duplicates(names, keep="last", ignore_index=True)
+        # Machines differ in the last digits.
+        values = cells.assign(value=cells["value"].map("{:.5g}".format))
+        if other := len(values.drop_duplicates([*names, "value"])) - len(kept):
+            again = f"{other} cells were measured twice, with other values"
+            remarks.append(f"{model}: {again}; the last one is shown.")
         states = {task: path for part in parts for task, path in part.states.items()}
         source = ", ".join(dict.fromkeys(part.source for part in parts))
         merged.append(replace(parts[0], source=source, cells=kept, states=states))

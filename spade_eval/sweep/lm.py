@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spade_eval.answers import Answers
-from spade_eval.cost import Account, Prices
+from spade_eval.cost import Account
 from spade_eval.decisions import decide
 from spade_eval.decoders import Spade
 from spade_eval.errors import UserError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from spade_eval.exits import Scope
     from spade_eval.lm.requests import TokenRequest
     from spade_eval.sweep.store import Store
+    from spade_eval.tally import Prices
 
 
 class SweepLM(SpadeLM):
