@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -67,6 +66,19 @@ def finetune(
     check_output(settings, resume, overwrite)
     processes = PartialState()
     processes.wait_for_everyone()  # or a slow one would find the work folder of the first
+    with work.at_work(settings.work, main=processes.is_main_process):
+        return _finetune(lm, settings, resume, overwrite, include_path, command)
+
+
+def _finetune(
+    lm: FixedLayerLM,
+    settings: LoraSettings,
+    resume: bool,
+    overwrite: bool,
+    include_path: Path | list[Path] | None,
+    command: str,
+) -> adapter_files.Record:
+    processes = PartialState()
     if getattr(lm.model, "peft_config", None):
         raise UserError(
             "The model has an adapter already; finetune begins a new one. Leave peft= out, or "
@@ -146,7 +158,7 @@ def finetune(
     )
     if processes.is_main_process:
         adapter_files.save(model, record, settings.output)
-        shutil.rmtree(settings.work)
+        work.clear(settings.work)
     processes.wait_for_everyone()
     return record
 
@@ -206,7 +218,7 @@ def _open_work(
     asked: Sequence[Question],
     overwrite: bool,
 ) -> None:
-    """Make the work folder, or make sure that the one there is of the same settings."""
+    """Make sure that the work folder is of the same settings."""
     processes = PartialState()
     about = {
         **{k: v for k, v in asdict(settings).items() if k not in ("output", "precision")},

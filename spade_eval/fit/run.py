@@ -8,7 +8,6 @@ states and fits every w-th map, so the result does not depend on their number.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,13 +19,12 @@ from tqdm import tqdm
 from spade_eval import __version__, scoring
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint, fingerprint
-from spade_eval.fit import documents, states
+from spade_eval.fit import documents, states, work
 from spade_eval.fit.descent import Descent, Progress, Recipe
 from spade_eval.fit.maps import Pairs, measure
 from spade_eval.fit.memory import peak_memory_mb
 from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.settings import check_output, layer_list
-from spade_eval.fit.work import claim
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lm.cache import weights_digest
@@ -71,6 +69,18 @@ def fit(
     """
     check_output(settings, resume, overwrite)
     _wait(lm)  # or a slow process would take the work folder of the first for that of another run
+    with work.at_work(settings.work, main=lm.rank == 0):
+        return _fit(lm, settings, resume, overwrite, include_path, command)
+
+
+def _fit(
+    lm: SpadeLM,
+    settings: FitSettings,
+    resume: bool,
+    overwrite: bool,
+    include_path: Path | list[Path] | None,
+    command: str,
+) -> LinearLens:
     lm.model.requires_grad_(False)  # or descent would spend a third of its time on its gradients
     backbone, layers = lm.backbone, layer_list(settings.layers, lm.backbone.n_layers)
     if settings.rank is not None and settings.rank > backbone.width:
@@ -97,19 +107,19 @@ def fit(
     _open_work(lm, settings, asdict(recipe), layers, requests, overwrite and not resume)
 
     begin = time.perf_counter()
-    work, n = settings.work, states.count(drawn[0])
+    n = states.count(drawn[0])
     todo = [*drawn[0], *(states.moved(job, n) for job in drawn[1])]
     found = states.collect(
-        backbone, todo, layers, settings.decoder == "l_spade", work, lm.rank, lm.world_size
+        backbone, todo, layers, settings.decoder == "l_spade", settings.work, lm.rank, lm.world_size
     )
     _wait(lm)
     seconds = time.perf_counter() - begin
     for index, layer in list(enumerate(layers))[lm.rank :: lm.world_size]:
         pairs = Pairs(found.hidden[index].to(lm.device), found.teacher[index].to(lm.device))
-        _fit_layer(lm, pairs, found.full.to(lm.device), n, recipe, layer, work)
+        _fit_layer(lm, pairs, found.full.to(lm.device), n, recipe, layer, settings.work)
     _wait(lm)
 
-    parts = {layer: Progress.load(work / f"layer-{layer}.safetensors") for layer in layers}
+    parts = {layer: Progress.load(settings.work / f"layer-{layer}.safetensors") for layer in layers}
     config = LensConfig(
         decoder=settings.decoder,
         base_model=lm._model_source,
@@ -149,7 +159,7 @@ def fit(
         lens.save_pretrained(settings.output)
     _wait(lm)
     if lm.rank == 0:
-        shutil.rmtree(work)
+        work.clear(settings.work)
     return lens
 
 
@@ -207,10 +217,10 @@ def _fit_layer(
     n: int,
     recipe: Recipe,
     layer: int,
-    work: Path,
+    folder: Path,
 ) -> None:
     """Fit the map of one layer and measure it; leave both in the work folder."""
-    path = work / f"layer-{layer}.safetensors"
+    path = folder / f"layer-{layer}.safetensors"
     progress = Progress.load(path) if path.exists() else None
     if progress is not None:
         if progress.metrics:
@@ -256,9 +266,9 @@ def _open_work(
     recipe: dict[str, Any],
     layers: Sequence[int],
     requests: Sequence[Sequence[scoring.Request]],
-    overwrite: bool,
+    anew: bool,
 ) -> None:
-    """Make the work folder, or make sure that the one there is of the same settings."""
+    """Make sure that the work folder is of the same settings."""
     about = {
         "decoder": settings.decoder,
         "tasks": list(settings.tasks),
@@ -277,7 +287,7 @@ def _open_work(
         "batch_size": lm.layout.batch_size,
         "package_version": __version__,
     }
-    claim(settings.work, about, anew=overwrite, main=lm.rank == 0, wait=partial(_wait, lm))
+    work.claim(settings.work, about, anew=anew, main=lm.rank == 0, wait=partial(_wait, lm))
 
 
 def _wait(lm: SpadeLM) -> None:

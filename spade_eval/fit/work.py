@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from spade_eval.errors import UserError
 from spade_eval.lm.cache import differences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SETTINGS = "settings.json"
+LOCK = "lock"
 
 
 def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
@@ -39,10 +43,52 @@ def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> Non
         raise UserError(f"There is nothing to resume: {work} does not exist. Leave --resume out.")
 
 
+@contextmanager
+def at_work(work: Path, main: bool) -> Iterator[None]:
+    """Keep other runs out of the work folder, which is made; what is empty at the end is removed.
+
+    Args:
+        work: The folder.
+        main: Whether this is the process that writes.
+
+    Raises:
+        UserError: Another run is at work there, or the folder cannot be written.
+    """
+    if not main:
+        yield
+        return
+    lock = FileLock(work / LOCK, timeout=0)  # the system frees it if this process is killed
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as err:
+        raise UserError(
+            f"Another run is at work in {work}. Wait until it has ended, or stop it and go on with "
+            "--resume."
+        ) from err
+    except OSError as err:
+        raise UserError(f"{work} cannot be written: {err.strerror}.") from err
+    try:
+        yield
+    finally:
+        lock.release()
+        if all(path.name == LOCK for path in work.iterdir()):
+            shutil.rmtree(work)
+
+
+def clear(work: Path) -> None:
+    """Remove everything but the lock."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
 def claim(
     work: Path, about: dict[str, Any], *, anew: bool, main: bool, wait: Callable[[], None]
 ) -> None:
-    """Make the work folder, or make sure that the one there is of the same configuration.
+    """Make sure that the work folder is of the same configuration.
 
     Args:
         work: The folder.
@@ -57,9 +103,8 @@ def claim(
     path = work / SETTINGS
     if main:
         try:
-            if anew and work.exists():
-                shutil.rmtree(work)
-            work.mkdir(parents=True, exist_ok=True)
+            if anew:
+                clear(work)
             if not path.exists():
                 write_json(path, about)
         except OSError as err:

@@ -97,6 +97,18 @@ def sweep(
     """
     check_output(settings, resume, overwrite)
     lm.barrier()  # or a slow process would find the first one's work folder
+    with work.at_work(settings.work, main=lm.rank == 0):
+        return _sweep(lm, tasks, settings, resume, overwrite, command)
+
+
+def _sweep(
+    lm: SweepLM,
+    tasks: Mapping[str, Any],
+    settings: SweepSettings,
+    resume: bool,
+    overwrite: bool,
+    command: str,
+) -> pd.DataFrame | None:
     about_model = json.loads(json.dumps(fingerprint(lm, lm._settings()), default=str))
     work.claim(
         settings.work,
@@ -284,7 +296,7 @@ def _write(
         shutil.rmtree(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     ready.rename(output)
-    shutil.rmtree(settings.work)
+    work.clear(settings.work)
 
 
 @contextmanager
