@@ -216,7 +216,7 @@ def _open_work(
     bf16: bool,
     training: Sequence[documents.Document],
     asked: Sequence[Question],
-    overwrite: bool,
+    anew: bool,
 ) -> None:
     """Make sure that the work folder is of the same settings."""
     processes = PartialState()
@@ -235,7 +235,7 @@ def _open_work(
     work.claim(
         settings.work,
         about,
-        anew=overwrite,
+        anew=anew,
         main=processes.is_main_process,
         wait=processes.wait_for_everyone,
     )

@@ -58,16 +58,15 @@ def at_work(work: Path, main: bool) -> Iterator[None]:
         yield
         return
     lock = FileLock(work / LOCK, timeout=0)  # the system frees it if this process is killed
-    try:
+    with _writing(work):
         work.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as err:
-        raise UserError(
-            f"Another run is at work in {work}. Wait until it has ended, or stop it and go on with "
-            "--resume."
-        ) from err
-    except OSError as err:
-        raise UserError(f"{work} cannot be written: {err.strerror}.") from err
+        try:
+            lock.acquire()
+        except Timeout as err:
+            raise UserError(
+                f"Another run is at work in {work}. Wait until it has ended, or stop it and go on "
+                "with --resume."
+            ) from err
     try:
         yield
     finally:
@@ -102,19 +101,26 @@ def claim(
     """
     path = work / SETTINGS
     if main:
-        try:
+        with _writing(work):
             if anew:
                 clear(work)
             if not path.exists():
                 write_json(path, about)
-        except OSError as err:
-            raise UserError(f"{work} cannot be written: {err.strerror}.") from err
     wait()
     if differs := differences(json.loads(path.read_text()), about):
         raise UserError(
             f"{work} holds a run with other settings ({differs}). Resume with the same ones, or "
             "begin anew with --overwrite."
         )
+
+
+@contextmanager
+def _writing(work: Path) -> Iterator[None]:
+    """Tell the user what the system refuses."""
+    try:
+        yield
+    except OSError as err:
+        raise UserError(f"{work} cannot be written: {err.strerror}.") from err
 
 
 def write_json(path: Path, content: object) -> None:
