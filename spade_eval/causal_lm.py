@@ -9,7 +9,7 @@ from spade_eval.backbone import Backbone
 from spade_eval.decoders import Decoder, Linear, Positions, Spade
 from spade_eval.default_model import default_model_path
 from spade_eval.errors import UserError
-from spade_eval.exits import ExitRule, Name, Readout
+from spade_eval.exits import ExitRule, Readout
 from spade_eval.generation import Generated, check, generate
 from spade_eval.lm import lenses
 from spade_eval.policy import Policy
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from spade_eval.confidence import Name
     from spade_eval.lens import LinearLens
 
 

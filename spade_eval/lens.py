@@ -11,9 +11,8 @@ folder of `model.safetensors`, `config.json` and a model card; folders of the Py
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
@@ -23,14 +22,7 @@ from torch.nn.functional import linear
 
 from spade_eval import lens_files
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import adapter_fingerprint, fingerprint, same
-from spade_eval.hollow import find_layers, unwrap_peft
 from spade_eval.lens_config import LensConfig, card
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 Weight = Tensor | tuple[Tensor, Tensor]
 
@@ -271,71 +263,3 @@ def low_rank(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
     root = s[:r].sqrt()
     return (u[:, :r] * root).to(weight.dtype), (root[:, None] * vh[:r]).to(weight.dtype)
-
-
-def check(
-    lens: LinearLens | LensConfig, model: PreTrainedModel, name: str, force: bool = False
-) -> None:
-    """Make sure that a lens belongs to a model.
-
-    Args:
-        lens: The lens, or its config.
-        model: The model that will read what the lens gives.
-        name: The lens, for messages.
-        force: Whether a lens of another norm, head or adapter is a warning instead of an error.
-
-    Raises:
-        UserError: The lens is of another model; says what it has and what the model has.
-    """
-    config = lens.config if isinstance(lens, LinearLens) else lens
-    model_name = model.config.name_or_path or type(unwrap_peft(model)).__name__
-    n_layers = len(find_layers(model, model_name)[2])
-    width = cast("int", model.config.get_text_config().hidden_size)
-    for what, its, models in (
-        ("width", config.width, width),
-        ("number of layers", config.n_layers, n_layers),
-    ):
-        if its != models:
-            raise UserError(
-                f"lens={name} does not fit {model_name}: its {what} is {its}, the model's is "
-                f"{models}. Give a lens that was fitted for this model, or its model "
-                f"({config.base_model})."
-            )
-    if config.decoder == "identity":
-        return
-    differs = []
-    if not config.fingerprint:
-        log.warning(
-            "lens=%s names its model, %s, but carries no fingerprint of its norm and head: whether "
-            "it fits %s cannot be checked.", name, config.base_model, model_name,
-        )  # fmt: skip
-        if _last(config.base_model) != _last(model_name):
-            differs.append(f"it names {config.base_model} as its model, this is {model_name}")
-    elif not same(config.fingerprint, found := fingerprint(model)):
-        differs.append(
-            f"its fingerprint of norm and head is {config.fingerprint} ({config.base_model}), the "
-            f"model's is {found}"
-        )
-    adapter = adapter_fingerprint(model)
-    if config.adapter is None or adapter is None:
-        fits = config.adapter is adapter
-    else:
-        fits = same(config.adapter, adapter)
-    if not fits:
-        differs.append(
-            f"its adapter is {config.adapter or 'none'}, the model's is {adapter or 'none'}"
-        )
-    if not differs:
-        return
-    message = f"lens={name} was not fitted for {model_name}: {'; '.join(differs)}."
-    if not force:
-        raise UserError(
-            f"{message} Give the model and adapter that it was fitted for, or fit a lens for this "
-            "one; force_lens=True overrides this check."
-        )
-    log.warning("%s Used all the same (force_lens=True).", message)
-
-
-def _last(name: str) -> str:
-    """A model's own name, without whose it is or where it lies."""
-    return Path(name).name.casefold()

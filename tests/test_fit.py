@@ -27,7 +27,8 @@ from spade_eval.cli import main
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.fit import documents, states
-from spade_eval.fit.descent import Descent, Progress
+from spade_eval.fit.descent import Descent
+from spade_eval.fit.progress import Progress
 from spade_eval.fit.run import fit
 from spade_eval.fit.settings import FitSettings, layer_list
 from spade_eval.lens import LinearLens

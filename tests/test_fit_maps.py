@@ -24,8 +24,9 @@ from spade_eval import scoring
 from spade_eval.backbone import Backbone
 from spade_eval.errors import UserError
 from spade_eval.fit import states
-from spade_eval.fit.descent import Descent, Progress, Recipe, one_cycle
+from spade_eval.fit.descent import Descent, Recipe, one_cycle
 from spade_eval.fit.maps import Affine, Moments, Pairs, measure, soft_cross_entropy, whiten
+from spade_eval.fit.progress import Progress
 from spade_eval.lens import low_rank
 from spade_eval.lm.windows import may_pack, window
 

@@ -32,7 +32,8 @@ from zoo import FAMILIES, tiny
 from spade_eval import lens_files
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint, fingerprint, same
-from spade_eval.lens import LensConfig, LinearLens, check, low_rank
+from spade_eval.lens import LensConfig, LinearLens, low_rank
+from spade_eval.lens_match import check
 
 D, L = 32, 4  # as in the zoo
 CONFIG = LensConfig(

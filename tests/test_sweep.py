@@ -30,9 +30,10 @@ from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
 from spade_eval.report.spaces import read_states
 from spade_eval.sweep import table
 from spade_eval.sweep.command import layers, named
+from spade_eval.sweep.compute import require_scored
 from spade_eval.sweep.grid import IDENTITY, Ask, Reading, grid, thresholds
 from spade_eval.sweep.lm import SweepLM
-from spade_eval.sweep.run import require_scored, sweep
+from spade_eval.sweep.run import sweep
 from spade_eval.sweep.settings import SweepSettings
 from spade_eval.sweep.store import Store
 

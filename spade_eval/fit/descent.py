@@ -9,14 +9,11 @@ bit, what it would have done without the stop.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -31,14 +28,13 @@ from spade_eval.fit.maps import (
     soft_cross_entropy,
     whiten,
 )
+from spade_eval.fit.progress import Progress, weight_and_bias
 from spade_eval.lens import affine, low_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from spade_eval.backbone import Backbone
-    from spade_eval.lens import Weight
 
 
 @dataclass(frozen=True)
@@ -65,73 +61,6 @@ class Recipe:
     rank: int | None = None
     seed: int = 0
     bf16: bool = False
-
-
-@dataclass
-class Progress:
-    """Where the training of one map stands.
-
-    Attributes:
-        losses: Held-out cross-entropy in nats per position: at the start, and after each epoch.
-        ridge: That of the ridge solution.
-        penalty: The ridge solution's.
-        best: The map with the lowest of `losses`.
-        finished: Whether training has ended.
-        stopped: Where a loss was not finite; None if all were.
-        seconds: Time spent.
-        metrics: What `spade_eval.fit.maps.measure` found at the end.
-        tensors: Parameters and Adam's moments, in order.
-    """
-
-    losses: list[float]
-    ridge: float
-    penalty: float
-    best: Affine
-    finished: bool = False
-    stopped: str | None = None
-    seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    tensors: list[Tensor] = field(default_factory=list, repr=False)
-
-    def save(self, path: Path) -> None:
-        """Write all of it to one file, which appears whole or not at all."""
-        parts = [self.best.weight] if isinstance(self.best.weight, Tensor) else [*self.best.weight]
-        tensors = {f"best.{i}": t for i, t in enumerate([*parts, self.best.bias])}
-        tensors |= {f"state.{i}": t for i, t in enumerate(self.tensors)}
-        about = {
-            "losses": self.losses,
-            "ridge": self.ridge,
-            "penalty": self.penalty,
-            "finished": self.finished,
-            "stopped": self.stopped,
-            "seconds": self.seconds,
-            "metrics": self.metrics,
-        }
-        part = path.with_suffix(".part")
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, part, metadata={"progress": json.dumps(about)})
-        part.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Progress:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: The file is damaged.
-        """
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["progress"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as err:  # safetensors raises errors of its own making
-            raise UserError(
-                f"{path} is damaged ({err}): delete it, and --resume fits this layer again."
-            ) from err
-        best, state = (
-            [tensors[f"{kind}.{i}"] for i in range(sum(name.startswith(kind) for name in tensors))]
-            for kind in ("best", "state")
-        )
-        return cls(best=Affine(*weight_and_bias(best)), tensors=state, **about)
 
 
 @dataclass(frozen=True)
@@ -311,12 +240,6 @@ class Descent:
         }
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def weight_and_bias(tensors: Sequence[Tensor]) -> tuple[Weight, Tensor]:
-    """A, one matrix or two factors, and b, as they lie in a list."""
-    *parts, bias = tensors
-    return (parts[0] if len(parts) == 1 else (parts[0], parts[1])), bias
 
 
 def one_cycle(done: float) -> float:

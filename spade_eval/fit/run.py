@@ -20,10 +20,11 @@ from spade_eval import __version__, scoring
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint, fingerprint
 from spade_eval.fit import documents, states, work
-from spade_eval.fit.descent import Descent, Progress, Recipe
+from spade_eval.fit.descent import Descent, Recipe
 from spade_eval.fit.maps import Pairs, measure
 from spade_eval.fit.memory import peak_memory_mb
 from spade_eval.fit.precision import bf16_is_fast
+from spade_eval.fit.progress import Progress
 from spade_eval.fit.settings import check_output, layer_list
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,18 +12,20 @@ from spade_eval.calibration import NAME, WORD, Calibration
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
 from spade_eval.errors import UserError
-from spade_eval.exits import ExitRule, Name, Readout, Scope
+from spade_eval.exits import ExitRule, Readout, Scope
 from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM, log
+from spade_eval.lm.exit_log import ExitLog, writable
 from spade_eval.policy import Policy
 from spade_eval.trace import Trace, score, score_with_exits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import TextIO
+    from pathlib import Path
 
     from spade_eval.answers import Answers
     from spade_eval.batching import Batch, Ints
+    from spade_eval.confidence import Name
     from spade_eval.cost import Account
     from spade_eval.decoders import Decoder
     from spade_eval.generation import Generated
@@ -102,7 +102,7 @@ class SpadeExitLM(SpadeLM):
         self.rule = ExitRule(scope=chosen.pop("exit_scope"), **chosen)
         self._lens_name = lens
         self._loaded = lenses.load(lens, pretrained is None, self.name)
-        self._log_path = None if exit_log is None else _writable(Path(exit_log))
+        log_path = None if exit_log is None else writable(exit_log)
         super().__init__(pretrained, **kwargs)
         self.lens = lenses.fit_to(self._loaded, self.backbone, lens, force_lens)
         if self._calibration is not None:
@@ -121,10 +121,7 @@ class SpadeExitLM(SpadeLM):
             log.warning("positions=keep has no effect on the tails of %s.", self.backbone.name)
         self._rule = self.rule
         self._choices: dict[int, list[int]] = {}
-        if self._log_path is not None:
-            rank = f".rank{self.rank}" if self.rank else ""
-            self._log_path = self._log_path.with_name(self._log_path.name + rank)
-            self._log_path.write_text("")
+        self._log = None if log_path is None else ExitLog(log_path, self.rank)
 
     def _check_config(self, n_layers: int) -> None:
         maps = range(n_layers + 1) if self._loaded is None else self._loaded.available
@@ -197,8 +194,8 @@ class SpadeExitLM(SpadeLM):
         tails = self.decoder.tails(batch.scored_positions)
         account.add(batch, self._source, self.prices, trace.passed, layers, tails, starts)
         account.add_exits(batch, self._source, self.prices, who, trace.exit_layers, trace.checked)
-        if self._log_path is not None and account is self.account:
-            self._write_log(self._log_path, batch, trace, layers)
+        if self._log is not None and account is self.account:
+            self._log.scored(batch, trace, layers, self._named)
 
     def _full_depth(self, batch: Batch, dtype: torch.dtype) -> Trace:
         """What a threshold that nothing can meet comes to."""
@@ -213,50 +210,22 @@ class SpadeExitLM(SpadeLM):
             checked=np.zeros(who.count, dtype=np.int64),
         )
 
-    def _write_log(self, path: Path, batch: Batch, trace: Trace, layers: Any) -> None:
-        who = trace.decisions
-        values = trace.confidence[who.member_of][who.read_from].tolist()
-        positions = batch.scored_positions[batch.read_at].tolist()
-        with path.open("a", encoding="utf-8") as file:
-            for n, request in enumerate(batch.requests.tolist()):
-                found = positions[n], int(layers[n]), values[n], int(batch.targets[n])
-                self._write_line(file, request, *found, logprob=trace.answers.logprobs[n])
-
     def count_generated(self, run: Generated, requests: Ints, starts: int) -> None:
         """As in `SpadeLM`; the tokens go to the log too."""
         super().count_generated(run, requests, starts)
-        if self._log_path is None:
-            return
-        with self._log_path.open("a", encoding="utf-8") as file:
-            for row, request in enumerate(requests.tolist()):
-                found = zip(run.exit_layers[row], run.confidence[row], run.tokens[row], strict=True)
-                for position, each in enumerate(found, int(run.prompt_lengths[row]) - 1):
-                    self._write_line(file, request, position, *each)
+        if self._log is not None:
+            self._log.generated(run, requests, self._named)
 
-    def _write_line(
-        self,
-        file: TextIO,
-        request: int,
-        position: int,
-        layer: int,
-        value: float,
-        token: int,
-        **more: float,
-    ) -> None:
+    def _named(self, request: int) -> dict[str, object] | None:
+        """Whose a request is, for the log; None for one that is there twice."""
         if not self._source.counted[request]:
-            return
+            return None
         instance = self._instances[request] if self._instances else None
-        line = {
+        return {
             "task": getattr(instance, "task_name", None),
             "doc": getattr(instance, "doc_id", None),
             "request": getattr(instance, "idx", request),
-            "position": position,
-            "exit_layer": layer,
-            "confidence": None if np.isnan(value) else round(value, 6),
-            "token": token,
-            **more,
         }
-        file.write(json.dumps(line) + "\n")
 
     def _settings(self) -> dict[str, object]:
         return {
@@ -297,18 +266,3 @@ def first_tokens(requests: Sequence[TokenRequest]) -> dict[int, list[int]]:
     for _, context, continuation in requests:
         first.setdefault(tuple(context), {})[continuation[0]] = None
     return {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}
-
-
-def _writable(path: Path) -> Path:
-    """Make sure that a file can be written, before the model is loaded.
-
-    Raises:
-        UserError: It cannot.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as err:
-        raise UserError(f"exit_log={path} cannot be written: {err.strerror}.") from err
-    return path

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint, digest
-from spade_eval.lens import LinearLens, check
+from spade_eval.lens import LinearLens
+from spade_eval.lens_match import check
 from spade_eval.lm.cache import config_digest, weights_digest
 from spade_eval.tally import Prices
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from spade_eval.answers import read
+from spade_eval.confidence import CONFIDENCES
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Spade, States
-from spade_eval.exits import CONFIDENCES
 from spade_eval.sweep.contexts import LARGEST, ends
 from spade_eval.trace import climb
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Batch, Ints
+    from spade_eval.confidence import Name
     from spade_eval.decoders import Decoder
-    from spade_eval.exits import Name, Scope
+    from spade_eval.exits import Scope
     from spade_eval.lens import LinearLens
     from spade_eval.sweep.grid import Grid
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spade_eval.calibration import Calibration
+from spade_eval.confidence import CONFIDENCES
 from spade_eval.cost import Account
 from spade_eval.errors import UserError
-from spade_eval.exits import CONFIDENCES
 from spade_eval.fit.documents import load_tasks
 from spade_eval.fit.rows import data_of
 from spade_eval.lens import LinearLens
 from spade_eval.lm import lenses
 from spade_eval.splits import Split
 from spade_eval.sweep.certify import certify, least_drop, p_values
+from spade_eval.sweep.compute import compute, configure, quiet
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
-from spade_eval.sweep.run import compute, configure, quiet
 from spade_eval.sweep.settings import SweepSettings
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from spade_eval.exits import Name
+    from spade_eval.confidence import Name
     from spade_eval.lens_config import LensConfig
     from spade_eval.sweep.lm import SweepLM
 

@@ -93,9 +93,9 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from spade_eval.lens import LinearLens
     from spade_eval.lm.exit import DEFAULTS
     from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds
+    from spade_eval.sweep.compute import require_scored
     from spade_eval.sweep.grid import Ask
     from spade_eval.sweep.lm import SweepLM
-    from spade_eval.sweep.run import require_scored
 
     model_args = model_arguments(args)
     if "threshold" in model_args:

@@ -13,8 +13,8 @@ from spade_eval.arguments import (
     layer_numbers,
     model_arguments,
 )
+from spade_eval.confidence import CONFIDENCES
 from spade_eval.errors import UserError
-from spade_eval.exits import CONFIDENCES
 from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.splits import Split
 from spade_eval.sweep.grid import DECODERS, Ask, thresholds
@@ -147,8 +147,9 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from lm_eval.utils import setup_logging
 
     from spade_eval.fit.documents import load_tasks
+    from spade_eval.sweep.compute import require_scored
     from spade_eval.sweep.lm import SweepLM
-    from spade_eval.sweep.run import require_scored, sweep
+    from spade_eval.sweep.run import sweep
 
     setup_logging()
     keep_freed_blocks()

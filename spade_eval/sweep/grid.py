@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
+from spade_eval.confidence import CONFIDENCES, Name
 from spade_eval.errors import UserError, require_known
-from spade_eval.exits import CONFIDENCES, ExitRule, Name, Readout, Scope, candidates
+from spade_eval.exits import ExitRule, Readout, Scope, candidates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

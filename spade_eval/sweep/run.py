@@ -3,71 +3,34 @@
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import re
 import shutil
 import time
-from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.evaluator import evaluate
 from tqdm import tqdm
 
 from spade_eval import __version__
 from spade_eval.cost import Account
-from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
 from spade_eval.fit.memory import peak_memory_mb
-from spade_eval.fit.rows import rows_of
 from spade_eval.lm.cache import fingerprint
 from spade_eval.sweep import contexts, table
+from spade_eval.sweep.compute import compute, configure, quiet
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.settings import CONFIG, TABLE, check_output
-from spade_eval.sweep.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Mapping
 
     import pandas as pd
 
     from spade_eval.sweep.collected import Collected
     from spade_eval.sweep.lm import SweepLM
     from spade_eval.sweep.settings import SweepSettings
-
-SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
-
-
-def require_scored(tasks: Mapping[str, Any]) -> None:
-    """Make sure that all tasks score log-likelihoods.
-
-    Raises:
-        UserError: Names those that do not.
-    """
-    others = [name for name, task in tasks.items() if task.OUTPUT_TYPE not in SCORED]
-    if others:
-        raise UserError(
-            f"{', '.join(others)}: a sweep scores log-likelihoods, and this task asks for "
-            "generated text. Leave it out."
-        )
-
-
-def configure(name: str, task: Any, settings: SweepSettings) -> None:
-    """Set a task up as lm-eval's command line does, with the documents of the asked split."""
-    if settings.split is not None:
-        rows = rows_of(name, task, settings.split)
-        # lm-eval evaluates the test's documents where there are any.
-        task.has_test_docs = lambda: True
-        task.test_docs = lambda: rows
-    own = task.get_config("num_fewshot")
-    if settings.num_fewshot is not None and own != 0:
-        task.set_config(key="num_fewshot", value=settings.num_fewshot)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=settings.seed)
 
 
 def sweep(
@@ -159,23 +122,6 @@ def _sweep(
     }
     _write(whole, samples, states, record, settings, overwrite)
     return whole
-
-
-def compute(lm: SweepLM, name: str, task: Any, folder: Path, settings: SweepSettings) -> Collected:
-    """The pass that computes: every batch of a task, or what the store has of it."""
-    keep_states = settings.keep_states and task.OUTPUT_TYPE == "multiple_choice"
-    collected = lm.begin(Store(folder, (lm.rank, lm.world_size)), keep_states)
-    with quiet():
-        evaluate(
-            lm,
-            {"tasks": {name: task}, "groups": {}, "group_map": {}},
-            limit=settings.limit,
-            log_samples=False,
-            bootstrap_iters=0,
-            apply_chat_template=settings.apply_chat_template,
-            fewshot_as_multiturn=settings.apply_chat_template,
-        )
-    return collected
 
 
 def _replay(
@@ -297,15 +243,3 @@ def _write(
     output.parent.mkdir(parents=True, exist_ok=True)
     ready.rename(output)
     work.clear(settings.work)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """lm-eval reports each call of `evaluate`; a sweep makes hundreds."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

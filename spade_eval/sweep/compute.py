@@ -1,0 +1,81 @@
+"""The pass that computes: one task through lm-eval, every batch kept."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.evaluator import evaluate
+
+from spade_eval.errors import UserError
+from spade_eval.fit.rows import rows_of
+from spade_eval.sweep.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from spade_eval.sweep.collected import Collected
+    from spade_eval.sweep.lm import SweepLM
+    from spade_eval.sweep.settings import SweepSettings
+
+SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+
+
+def require_scored(tasks: Mapping[str, Any]) -> None:
+    """Make sure that all tasks score log-likelihoods.
+
+    Raises:
+        UserError: Names those that do not.
+    """
+    others = [name for name, task in tasks.items() if task.OUTPUT_TYPE not in SCORED]
+    if others:
+        raise UserError(
+            f"{', '.join(others)}: a sweep scores log-likelihoods, and this task asks for "
+            "generated text. Leave it out."
+        )
+
+
+def configure(name: str, task: Any, settings: SweepSettings) -> None:
+    """Set a task up as lm-eval's command line does, with the documents of the asked split."""
+    if settings.split is not None:
+        rows = rows_of(name, task, settings.split)
+        # lm-eval evaluates the test's documents where there are any.
+        task.has_test_docs = lambda: True
+        task.test_docs = lambda: rows
+    own = task.get_config("num_fewshot")
+    if settings.num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=settings.seed)
+
+
+def compute(lm: SweepLM, name: str, task: Any, folder: Path, settings: SweepSettings) -> Collected:
+    """The pass that computes: every batch of a task, or what the store has of it."""
+    keep_states = settings.keep_states and task.OUTPUT_TYPE == "multiple_choice"
+    collected = lm.begin(Store(folder, (lm.rank, lm.world_size)), keep_states)
+    with quiet():
+        evaluate(
+            lm,
+            {"tasks": {name: task}, "groups": {}, "group_map": {}},
+            limit=settings.limit,
+            log_samples=False,
+            bootstrap_iters=0,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template,
+        )
+    return collected
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval reports each call of `evaluate`; a sweep makes hundreds."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
