@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import special, stats
 from torch import Tensor
 
-from spade_eval import confidence, exits
-from spade_eval.confidence import CONFIDENCES
+from spade_eval import exits
+from spade_eval.confidence import CONFIDENCES, choice_entropy, entropy, max_prob, top2_margin
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule, candidates, confident, never
 
@@ -104,7 +104,7 @@ def test_the_largest_numbers_of_the_type_do_not_overflow(name: str) -> None:
 def test_small_entropies_keep_their_digits() -> None:
     # ln n - mean(z) over logits that are not shifted loses them all beside an offset of 20.
     logits = torch.tensor([[20.0, 0.0], [30.0, 10.0], [-20.0, 0.0]])
-    values = confidence.entropy(logits).double()
+    values = entropy(logits).double()
     exact = math.log1p(math.exp(-20)) + 20 * math.exp(-20) / (1 + math.exp(-20))
     torch.testing.assert_close(values, torch.full((3,), exact).double(), atol=0, rtol=0.06)
 
@@ -112,9 +112,9 @@ def test_small_entropies_keep_their_digits() -> None:
 @pytest.mark.parametrize("v", [2, 17, 49_152])
 def test_uniform_and_tied_rows(v: int) -> None:
     logits = torch.full((3, v), 2.5)
-    torch.testing.assert_close(confidence.entropy(logits), torch.full((3,), math.log(v)))
-    torch.testing.assert_close(confidence.max_prob(logits), torch.full((3,), 1 / v))
-    assert confidence.top2_margin(logits).tolist() == [0, 0, 0]
+    torch.testing.assert_close(entropy(logits), torch.full((3,), math.log(v)))
+    torch.testing.assert_close(max_prob(logits), torch.full((3,), 1 / v))
+    assert top2_margin(logits).tolist() == [0, 0, 0]
 
 
 @given(row=rows, shift=st.integers(-100, 100), data=st.data())
@@ -155,9 +155,7 @@ def test_choice_entropy_sees_only_the_choices_that_exist(
     data: st.DataObject, logits: list[float]
 ) -> None:
     exists = data.draw(st.lists(st.booleans(), min_size=5, max_size=5).filter(any))
-    values = confidence.choice_entropy(
-        torch.tensor([logits, logits]), torch.tensor([exists, [True] * 5])
-    )
+    values = choice_entropy(torch.tensor([logits, logits]), torch.tensor([exists, [True] * 5]))
     for value, mask in zip(values, (exists, [True] * 5), strict=True):
         kept = torch.tensor([z for z, there in zip(logits, mask, strict=True) if there])
         probabilities = special.softmax(kept.double().numpy())
@@ -166,7 +164,7 @@ def test_choice_entropy_sees_only_the_choices_that_exist(
 
 def test_choice_entropy_of_one_choice_is_0_and_of_none_is_not_confident() -> None:
     exists = torch.tensor([[False, True, False], [False, False, False]])
-    values = confidence.choice_entropy(torch.tensor([[9.0, -4.0, 1.0]] * 2), exists)
+    values = choice_entropy(torch.tensor([[9.0, -4.0, 1.0]] * 2), exists)
     assert values[0] == 0
     assert confident(values, math.inf, "choice_entropy").tolist() == [True, False]
 
@@ -398,7 +396,7 @@ def test_the_rule_is_the_functions_with_its_settings(name: str, threshold: float
     exists = torch.arange(4) < torch.tensor([[1], [2], [3], [4], [2], [1]])
     if name == "choice_entropy":
         values = rule.measure(logits, exists)
-        assert torch.equal(values, confidence.choice_entropy(logits, exists))
+        assert torch.equal(values, choice_entropy(logits, exists))
     else:
         values = rule.measure(logits)
         assert torch.equal(values, getattr(exits, name)(logits))
