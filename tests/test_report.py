@@ -25,7 +25,7 @@ from spade_eval.report.cost_tables import equal_compute, speed
 from spade_eval.report.figures import exit_figures, layer_figure, sweep_figures
 from spade_eval.report.formats import Table, latex, markdown, number
 from spade_eval.report.spaces import States, components, probe, read_states
-from spade_eval.report.sweeps import Sweep, by_model, read_sweep, slug
+from spade_eval.report.sweeps import Sweep, by_model, read_sweep, short_adapters, slug
 from spade_eval.report.tables import (
     exit_tables,
     first_layers,
@@ -579,6 +579,29 @@ def test_adapters_are_told_apart(tmp_path: Path) -> None:
     (found,) = [c for adapter, _, _, c in curves(sweep.cells) if adapter]
     assert found.full == 0.8
     assert set(equal_compute(sweep).frame["task"]) == {"arc [lora-arc]"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["", "build/results/adapter-arc"], ["", "adapter-arc"]),
+        (["runs/1/arc", "runs/2/arc", "boolq"], ["1/arc", "2/arc", "boolq"]),
+        (["user/arc", "arc"], ["user/arc", "arc"]),
+        (["/data/arc/", "C:\\data\\boolq"], ["arc", "boolq"]),
+        (["data/arc", "data/arc/"], ["data/arc", "data/arc/"]),
+    ],
+)
+def test_adapters_have_short_names(paths: list[str], names: list[str], tmp_path: Path) -> None:
+    # The second sweep has fewer adapters; its names must be those of the first.
+    sweeps = [
+        sweep_of(
+            *(cell("full", "arc", 0.5, layer=12, adapter=p) for p in some), folder=tmp_path / n
+        )
+        for n, some in (("all", paths), ("last", paths[-1:]))
+    ]
+    short, last = short_adapters(sweeps)
+    assert short.cells["adapter"].tolist() == names
+    assert last.cells["adapter"].tolist() == names[-1:]
 
 
 def test_leaderboard(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from spade_eval.report.formats import write_table
 from spade_eval.report.page import source_rows, write_page
 from spade_eval.report.spaces import space_figures
 from spade_eval.report.styles import save, styled
-from spade_eval.report.sweeps import by_model, is_sweep, read_sweep
+from spade_eval.report.sweeps import by_model, is_sweep, read_sweep, short_adapters
 from spade_eval.report.tables import leaderboard, sweep_tables
 from spade_eval.splits import Split
 
@@ -52,7 +52,10 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
         UserError: An input is missing, damaged, or something else; `output` cannot be written.
     """
     sweeps, runs = _read(inputs)
-    choosers = _choosers(chosen_on, sweeps)
+    others = _read(chosen_on)[0]
+    named = short_adapters([*sweeps, *others])
+    sweeps, others = named[: len(sweeps)], named[len(sweeps) :]
+    choosers = _choosers(others, sweeps, chosen_on) if chosen_on else {}
     sources = source_rows(sweeps)
     sweeps, remarks = by_model(sweeps)
     tables: list[Table] = [leaderboard(runs, sweeps)]
@@ -99,16 +102,20 @@ def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run]]:
     return sweeps, runs
 
 
-def _choosers(paths: Sequence[Path], sweeps: Sequence[Sweep]) -> dict[str, Sweep]:
+def _choosers(
+    others: Sequence[Sweep], sweeps: Sequence[Sweep], paths: Sequence[Path]
+) -> dict[str, Sweep]:
     """Sweeps on which settings are chosen, by model.
+
+    Args:
+        others: Sweeps of other documents.
+        sweeps: Those that are reported.
+        paths: Where the others are from, for messages.
 
     Raises:
         UserError: There are none of a model, or they are of the documents that are reported.
     """
-    if not paths:
-        return {}
-    read = _read(paths)[0]
-    for sweep, other in product(sweeps, read):
+    for sweep, other in product(sweeps, others):
         same = _same_documents(other, sweep)
         if other.model == sweep.model and same:
             raise UserError(
@@ -116,7 +123,7 @@ def _choosers(paths: Sequence[Path], sweeps: Sequence[Sweep]) -> dict[str, Sweep
                 f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
                 "spade-eval sweep --split, of one split as validation[:500] and validation[500:]."
             )
-    found = {sweep.model: sweep for sweep in by_model(read)[0]}
+    found = {sweep.model: sweep for sweep in by_model(others)[0]}
     for model in (sweep.model for sweep in sweeps if sweep.model not in found):
         raise UserError(
             f"--chosen-on: no sweep of {model} in {', '.join(map(str, paths))}, only of "

@@ -196,6 +196,22 @@ def main_metric(metrics: pd.Series) -> str:
     return next((name for name in _MAIN if name in found), min(found))
 
 
+def short_adapters(sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """Name adapters by the last parts of their paths, as few as tell all of them apart."""
+    paths = {path for sweep in sweeps for path in sweep.cells["adapter"]}
+    parts = {path: re.split(r"[/\\]+", path.rstrip("/\\")) for path in paths}
+    names = {path: path for path in paths}
+    for n in range(max(map(len, parts.values()), default=1), 0, -1):
+        shorter = {path: "/".join(own[-n:]) for path, own in parts.items()}
+        if len(set(shorter.values())) < len(paths):
+            break
+        names = shorter
+    return [
+        replace(sweep, cells=sweep.cells.assign(adapter=sweep.cells["adapter"].map(names)))
+        for sweep in sweeps
+    ]
+
+
 def is_exit(cells: pd.DataFrame) -> pd.Series:
     """Which rows belong to early exits: those with a threshold."""
     return cells["threshold"].notna()
