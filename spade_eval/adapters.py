@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -77,7 +77,7 @@ def require_own(model: PeftModel, name: str, revision: str | None) -> None:
         raise UserError(f"it has no weights for {len(lacks)} places, such as {lacks[0]}")
     if extra := sorted(found - allowed):
         raise UserError(f"{len(extra)} of its weights find no place, such as {extra[0]}")
-    recorded, here = _recorded(name, revision), adapted(model)
+    recorded, here = record(name, revision).get("adapted"), adapted(model)
     if recorded and here and not same(recorded, here):
         raise UserError(f"the weights that it changes were {recorded} and are {here}")
 
@@ -94,18 +94,24 @@ def adapted(model: PeftModel) -> str:
     return digest(("", weight) for weight in weights)
 
 
-def _recorded(name: str, revision: str | None) -> str | None:
-    """The hash in an adapter's record; None if the adapter was not made here."""
+def record(name: str, revision: str | None) -> dict[str, Any]:
+    """What `spade-eval finetune` wrote about an adapter; empty if it did not make it.
+
+    Args:
+        name: The adapter's folder or hub id.
+        revision: Of a hub id.
+    """
     path = Path(name) / RECORD
     if not Path(name).is_dir():
         try:
             path = Path(hf_hub_download(name, RECORD, revision=revision))
         except (EntryNotFoundError, OSError):
-            return None
+            return {}
     try:
-        return json.loads(path.read_text()).get("adapted")
-    except (OSError, ValueError, AttributeError):
-        return None
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _beginning(err: Exception) -> str:

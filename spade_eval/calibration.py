@@ -105,9 +105,11 @@ class Calibration:
 
     @property
     def prompts(self) -> str:
-        """lm_eval's arguments that decided about the prompts; empty if none did."""
-        shots = "" if self.num_fewshot is None else f"--num_fewshot {self.num_fewshot}"
-        return " ".join(filter(None, (shots, "--apply_chat_template" * self.apply_chat_template)))
+        """Which of lm_eval's arguments about prompts a run needs, and which it must not have."""
+        shots = "" if self.num_fewshot is None else f" {self.num_fewshot}"
+        given = {f"--num_fewshot{shots}": shots, "--apply_chat_template": self.apply_chat_template}
+        has = {True: "with", False: "without"}
+        return ", ".join(f"{has[bool(value)]} {name}" for name, value in given.items())
 
     def require_model(self, found: dict[str, Any]) -> None:
         """Make sure that a model is the one that was calibrated.
@@ -125,11 +127,16 @@ class Calibration:
                 f"({self.command or 'unknown command'}). Calibrate this one."
             )
 
-    def require_tasks(self, tasks: set[str]) -> None:
-        """Make sure that tasks are among those that were calibrated.
+    def require_tasks(self, tasks: set[str], whole: bool) -> None:
+        """Make sure that tasks are those that were calibrated, all together.
+
+        Args:
+            tasks: Of a run.
+            whole: Whether these are all of its tasks.
 
         Raises:
-            UserError: Names those that are not.
+            UserError: Names those that are not, or those that lack: a bound on the documents of
+                several tasks says nothing of one of them.
         """
         others = sorted(tasks - set(self.tasks))
         if others:
@@ -137,4 +144,12 @@ class Calibration:
                 f"threshold={WORD} holds for {', '.join(self.tasks)}, not for {', '.join(others)}: "
                 "its guarantee is about documents of the same kind. Calibrate on the task, or give "
                 f"threshold={self.threshold} without a guarantee."
+            )
+        lacks = sorted(set(self.tasks) - tasks)
+        if whole and lacks:
+            raise UserError(
+                f"threshold={WORD} holds for the documents of {', '.join(self.tasks)} together; "
+                f"without {', '.join(lacks)} it says nothing of the others. Run all of them, "
+                f"calibrate on {','.join(sorted(tasks))}, or give threshold={self.threshold} "
+                "without a guarantee."
             )

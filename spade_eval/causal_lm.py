@@ -29,7 +29,7 @@ class SpadeExitForCausalLM:
     Args:
         model: A `transformers` causal language model, in evaluation mode.
         threshold: T. A token exits at the first candidate layer where its confidence reaches it:
-            entropies from above, in nats, probabilities from below; -inf never.
+            entropies from above, in nats (-1: never), probabilities from below (2: never).
         lens: Folder, hub id, a `LinearLens`, or "identity" for the logit lens.
         interval: Candidates are the layers that it divides and that have a map,
         min_layer: from this one on; half of the layers by default.

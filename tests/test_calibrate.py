@@ -15,16 +15,19 @@ from hypothesis import strategies as st
 from test_lm import build, instances, model
 from test_sweep import lens
 
+from spade_eval import adapter_files
 from spade_eval.calibration import Calibration
 from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError
 from spade_eval.fit.documents import load_tasks
 from spade_eval.fit.work import write_json
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
+from spade_eval.splits import Split
 from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds
 from spade_eval.sweep.certify import certify, least_drop, p_values
 from spade_eval.sweep.grid import Ask
 from spade_eval.sweep.lm import SweepLM
+from spade_eval.sweep.unseen import require_unseen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -203,6 +206,50 @@ def test_a_calibration_is_of_one_model_one_lens_and_its_tasks(
         lm.loglikelihood(instances([("Q: the cat", " runs")]))
 
 
+def test_a_bound_on_several_tasks_is_no_bound_on_one(
+    calibrated: tuple[Calibration, Path], tmp_path: Path
+) -> None:
+    found, _ = calibrated
+    path = tmp_path / "two.json"
+    write_json(path, replace(found, tasks=(TASK, "other")).to_json())
+    own = {"threshold": "calibrated", "calibration": path, "max_length": 255}
+    lm = build(SpadeExitLM, lens=lens("l_spade", 1), **own)
+    requests = instances([("Q: the cat", " runs"), ("Q: the dog", " runs")])
+    for request in requests:
+        request.task_name = TASK
+    with pytest.raises(UserError, match="together; without other it says nothing of the others"):
+        lm.loglikelihood(requests)
+    requests[1].task_name = "other"
+    assert len(lm.loglikelihood(requests)) == 2
+
+
+def test_documents_that_an_adapter_has_seen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = sweep_lm()
+    lm.peft = str(tmp_path)
+    made = {"tasks": [TASK], "validation_documents": 7}
+    (tmp_path / adapter_files.RECORD).write_text(json.dumps(made))
+    with pytest.raises(UserError, match=f"train documents of {TASK} trained the adapter"):
+        calibrate(lm, tasks(), settings(split="train"), "")
+    require_unseen(lm, tasks(), Split("test"), tasks_path())
+    assert "chose the step" not in caplog.text
+    require_unseen(lm, tasks(), Split("validation"), tasks_path())
+    assert f"7 validation documents, of {TASK} among others, chose the step" in caplog.text
+    (tmp_path / adapter_files.RECORD).write_text("[]")  # not ours
+    require_unseen(lm, tasks(), Split("train"), tasks_path())
+
+
+def test_what_cannot_be_certified_costs_no_pass() -> None:
+    lm = sweep_lm()
+    with pytest.raises(UserError, match="20 documents are too few"):
+        calibrate(lm, tasks(), settings(max_drop=0.05, limit=20), "")
+    texts = load_tasks(["spade_mini_articles"], tasks_path())
+    with pytest.raises(UserError, match="spade_mini_articles has no metric acc"):
+        calibrate(lm, texts | tasks(), settings(), "")
+    assert lm.account.seconds == 0
+
+
 def test_no_threshold_may_meet_the_bound(tmp_path: Path) -> None:
     found, curve = calibrate(sweep_lm(), tasks(), settings(max_drop=0.16), "")
     harmed = curve["harmed"].tolist()
@@ -297,7 +344,9 @@ def test_what_was_calibrated_is_what_answers(
         build(LensExitLM, calibration=path, **own)
     write_json(tmp_path / "c.json", replace(found, num_fewshot=5).to_json())
     build(SpadeExitLM, calibration=tmp_path / "c.json", **own)
-    assert "holds for runs with --num_fewshot 5" in caplog.text
+    assert "holds for runs with --num_fewshot 5, without --apply_chat_template" in caplog.text
+    build(SpadeExitLM, calibration=path, **own)
+    assert "holds for runs without --num_fewshot, without --apply_chat_template" in caplog.text
 
 
 def test_thresholds_are_fixed_beforehand() -> None:

@@ -237,6 +237,7 @@ def test_the_answers_positions_are_those_that_score_it(tmp_path: Path) -> None:
         fit(lm(), given, include_path=TASKS)
     decode = byte_tokenizer().decode
     assert {decode(r.continuation) for r in requests} == {" yes", " no"}
+    assert config(tmp_path / "lens")["bill"]["seconds_training"] > 0  # the closed form costs too
 
 
 def test_long_documents_lose_their_left_end(tmp_path: Path) -> None:

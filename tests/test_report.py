@@ -511,6 +511,32 @@ def test_settings_chosen_on_other_documents(tmp_path: Path) -> None:
         build.make_report([test], tmp_path / "out", [bigger])
 
 
+def test_rules_of_other_candidates_are_not_one_curve(tmp_path: Path) -> None:
+    def swept(name: str, exits: bool = True, **about: Any) -> Path:
+        rows = [cell("full", "arc", 0.7, layer=12), cell("spade", "arc", 0.6, layer=6)]
+        if exits:
+            rule = {"confidence": "entropy", "exit_scope": "context", "readout": "spade"}
+            rows.append(cell("spade_exit", "arc", 0.6, threshold=len(name), **rule))
+        split = about.pop("split", "test")
+        cells = pd.DataFrame(rows, columns=COLUMNS)
+        tasks = {"arc": {"split": split, "num_fewshot": about.pop("shots", 0)}}
+        settings = {"interval": 2, "min_layer": None, **about}
+        return sweep_folder(tmp_path / name, cells, tasks=tasks, settings=settings)
+
+    own = swept("own")
+    for more in ({"interval": 4}, {"min_layer": 10}):
+        with pytest.raises(UserError, match=f"{next(iter(more))} .* and "):
+            build.make_report([own, swept("other", **more)], tmp_path / "out")
+    build.make_report([own, swept("plain", exits=False, interval=4)], tmp_path / "out")
+    few = swept("few", split="validation", shots=5)
+    with pytest.raises(UserError, match=r"--chosen-on: .*few.* num_fewshot 5 and 0"):
+        build.make_report([own], tmp_path / "out", [few])
+    rare = swept("rare", split="validation", interval=4)
+    with pytest.raises(UserError, match=r"--chosen-on: .*rare.* interval 4 and 2"):
+        build.make_report([own], tmp_path / "out", [rare])
+    build.make_report([own], tmp_path / "out", [swept("good", split="validation", limit=9)])
+
+
 def test_generalisation(tmp_path: Path) -> None:
     rows = [
         cell("l_spade", test, value + layer / 100, layer=layer, lens_data=train)
@@ -678,6 +704,15 @@ def test_a_lens_that_says_nothing_does_not_flatten_the_others(tmp_path: Path) ->
     assert shown(1e60)[1] < 1e63
 
 
+def test_more_thresholds_than_a_colour_map_has_colours(tmp_path: Path) -> None:
+    rule = {"confidence": "entropy", "exit_scope": "context", "readout": "spade"}
+    more = {"token_layer_ratio": 0.9, **rule}
+    rows = [cell("spade_exit", "arc", 0.6, threshold=t / 100, **more) for t in range(300)]
+    (plot,) = exit_figures(sweep_of(cell("full", "arc", 0.7, layer=12), *rows, folder=tmp_path))
+    colours = plot.figure.axes[0].collections[0].to_rgba(np.arange(300))
+    assert len(np.unique(colours, axis=0)) > 200
+
+
 def test_scopes_have_figures_of_their_own(tmp_path: Path) -> None:
     def named(*scopes: str) -> dict[str, set[str]]:
         rows = [cell("full", "arc", 0.7, layer=12)]
@@ -747,6 +782,18 @@ def test_rare_answers_are_left_out_of_a_probe() -> None:
     labels[0] = 7
     assert probe(States(found.states, labels))["n"].iloc[0] == 39
     assert probe(States(found.states, np.zeros(40, dtype=int))).empty
+
+
+def test_states_under_two_adapters_are_two_figures(tmp_path: Path) -> None:
+    sweeps = []
+    for name, adapter in (("base", ""), ("own", "adapters/lora")):
+        cells = pd.DataFrame([cell("full", "arc", 0.5, layer=12, adapter=adapter)], columns=COLUMNS)
+        sweeps += read_sweep(sweep_folder(tmp_path / name, cells, states=True))
+    (merged,), _ = by_model(short_adapters(sweeps))
+    assert merged.states.keys() == {"arc", "arc [lora]"}
+    assert merged.states["arc [lora]"].parent.name == "own"
+    (alone,), _ = by_model(sweeps[1:])
+    assert alone.states.keys() == {"arc"}
 
 
 def test_components_part_the_answers() -> None:

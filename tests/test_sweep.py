@@ -9,12 +9,14 @@ import re
 import shutil
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
 from test_lm import build, instances, model, task_pairs, text
@@ -23,22 +25,22 @@ from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.fit.documents import load_tasks, task_manager
+from spade_eval.fit.rows import SPLITS
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
 from spade_eval.report.spaces import read_states
 from spade_eval.sweep import table
+from spade_eval.sweep.collected import Call, Collected
 from spade_eval.sweep.command import layers, named
-from spade_eval.sweep.compute import require_scored
+from spade_eval.sweep.compute import configure, require_scored
 from spade_eval.sweep.grid import IDENTITY, Ask, Reading, grid, thresholds
 from spade_eval.sweep.lm import SweepLM
 from spade_eval.sweep.run import sweep
+from spade_eval.sweep.samples import samples_of
 from spade_eval.sweep.settings import SweepSettings
 from spade_eval.sweep.store import Store
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -335,6 +337,41 @@ def test_a_split_takes_its_documents(tmp_path: Path) -> None:
     np.testing.assert_allclose(full, theirs, atol=ATOL)
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_no_document_is_an_example_for_itself(split: str, named: bool, tmp_path: Path) -> None:
+    task = load_tasks(["spade_mini_science"], tasks_path())["spade_mini_science"]
+    rows = list(task.training_docs() if split == "train" else task.validation_docs())
+    if named:  # as a task's fewshot_split does
+        task.fewshot_cfg.split = getattr(task.config, f"{SPLITS[split]}_split")
+        task.sampler.replace_df(rows)
+    configure("science", task, settings(tmp_path, split=split, num_fewshot=5))
+    shared = named or split == "train"  # without a name lm-eval draws from the training rows
+    for row in rows:
+        prompt = task.fewshot_context(row, num_fewshot=5)
+        assert prompt.count(task.doc_to_text(row)) == 1
+        assert prompt.count("Answer:") == 6
+    if shared:
+        with pytest.raises(UserError, match=f"are drawn from {len(rows)} rows.*without itself"):
+            configure("science", task, settings(tmp_path, split=split, num_fewshot=len(rows)))
+
+
+def test_a_text_is_greedy_if_all_its_windows_are() -> None:
+    lm = build(SweepLM, ask=ask(thresholds=(), decoders=("logit_lens",), layers=(LAYERS,)))
+    (task,) = load_tasks(["spade_mini_articles"], tasks_path()).values()
+    pages = [Instance("loglikelihood_rolling", {}, ("text",), 0, ("x", doc, 1)) for doc in (0, 1)]
+    windows = [pages[0], pages[0], pages[1], pages[1]]
+    n = len(lm.grid.readings)
+    logprobs = np.tile(np.array([-1.0, -2.0, -4.0, -8.0]), (n, 1))
+    greedy = np.tile(np.array([True, False, True, True]), (n, 1))
+    nothing = Call([], np.zeros((n, 0)), np.ones((n, 0), dtype=bool))
+    calls = [nothing, Call(windows, logprobs, greedy)]
+    found = samples_of(lm, "x", task, Collected(Store(Path("unused"), (0, 1)), calls))
+    full = found[found["decoder"] == "full"].sort_values("doc_id")
+    assert full["loglikelihood"].tolist() == [-3, -12]
+    assert full["is_greedy"].tolist() == [False, True]
+
+
 # ---------------------------------------------------------------- stopped and resumed
 
 
@@ -451,6 +488,11 @@ def test_other_files_are_never_overwritten(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(UserError, match="no sweep's folder"):
             run(tmp_path / "out", overwrite=overwrite)
+    (tmp_path / "out/sweep.json").write_text("{}")  # a sweep, and a report inside
+    (tmp_path / "out/report").mkdir()
+    with pytest.raises(UserError, match=r"other files than a sweep's \(report, thesis.tex\)"):
+        run(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/report").exists()
 
 
 @pytest.mark.parametrize(

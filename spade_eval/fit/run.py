@@ -144,8 +144,8 @@ def _fit(
             "held_out_documents": len(held_out),
             "held_out_positions": states.count(todo) - n,
             "resumed": resume,  # the states' seconds are then those of the last process
-            "seconds_states": round(seconds, 1),
-            "seconds_training": round(sum(part.seconds for part in parts.values()), 1),
+            "seconds_states": round(seconds, 3),
+            "seconds_training": round(sum(part.seconds for part in parts.values()), 3),
             "peak_memory_mb": peak_memory_mb(),
         },
         command=command,
@@ -249,6 +249,7 @@ def _fit_layer(
         bar.update()
         bar.set_postfix({"held-out CE": f"{progress.losses[-1]:.3f}"})
     bar.close()
+    progress.seconds = before + time.perf_counter() - begin
     lens = measure(lm.backbone, progress.best, held_out, full[n:])
     plain = measure(lm.backbone, lambda h: h, held_out, full[n:])
     progress.metrics = {

@@ -91,8 +91,7 @@ class SpadeExitLM(SpadeLM):
         if self._calibration is not None:
             own = {"readout": readout or self.default_readout}
             chosen = self._calibration.arguments({**given, **own})
-            if prompts := self._calibration.prompts:
-                log.warning("threshold=%s holds for runs with %s.", WORD, prompts)
+            log.warning("threshold=%s holds for runs %s.", WORD, self._calibration.prompts)
         else:
             defaults = {**DEFAULTS, "readout": self.default_readout}
             chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}
@@ -156,12 +155,15 @@ class SpadeExitLM(SpadeLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As in `SpadeLM`."""
         if self._calibration is not None:
-            self._calibration.require_tasks({str(request.task_name) for request in requests})
+            tasks = {str(request.task_name) for request in requests}
+            self._calibration.require_tasks(tasks, whole=False)
         return super().generate_until(requests, disable_tqdm)
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
         if self._calibration is not None:
-            self._calibration.require_tasks(set(self._source.tasks))
+            # Of several processes each has some documents, and a cache keeps known ones back.
+            whole = self.world_size == 1 and self.cache_hook.dbdict is None
+            self._calibration.require_tasks(set(self._source.tasks), whole)
         if self.rule.confidence != "choice_entropy":
             return
         self._choices = first_tokens(requests)

@@ -116,13 +116,21 @@ def _choosers(
         UserError: There are none of a model, or they are of the documents that are reported.
     """
     for sweep, other in product(sweeps, others):
-        same = _same_documents(other, sweep)
-        if other.model == sweep.model and same:
+        if other.model != sweep.model:
+            continue
+        if same := _same_documents(other, sweep):
             raise UserError(
                 f"--chosen-on: {other.source} is of the same documents as {sweep.source} "
                 f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
                 "spade-eval sweep --split, of one split as validation[:500] and validation[500:]."
             )
+        for task in sorted(sweep.splits.keys() & other.splits.keys()):
+            if apart := other.apart(sweep, task, but=("split", "limit")):
+                raise UserError(
+                    f"--chosen-on: {other.source} and {sweep.source} are sweeps of {task} with "
+                    f"{', '.join(apart)}. Choose settings on a sweep that was made like the one "
+                    "that is reported."
+                )
     found = {sweep.model: sweep for sweep in by_model(others)[0]}
     for model in (sweep.model for sweep in sweeps if sweep.model not in found):
         raise UserError(

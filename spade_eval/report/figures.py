@@ -143,7 +143,8 @@ def _exit_figure(sweep: Sweep, confidence: str, scope: str, rows: pd.DataFrame) 
     kinds = markers(list(dict.fromkeys(label.values())))
     thresholds = np.sort(rows["threshold"].dropna().unique())
     # Thresholds are ranked: one that never exits and one that always does may be far from the rest.
-    colours = BoundaryNorm(np.arange(len(thresholds) + 1) - 0.5, mpl.colormaps[MAP].N)
+    colour_map = mpl.colormaps[MAP].resampled(max(256, len(thresholds)))
+    colours = BoundaryNorm(np.arange(len(thresholds) + 1) - 0.5, colour_map.N)
     figure, axes = panels(len(found))
     handles: dict[str, Any] = {}
     points: Any = None
@@ -154,7 +155,7 @@ def _exit_figure(sweep: Sweep, confidence: str, scope: str, rows: pd.DataFrame) 
                 at["gain"],
                 at["value"],
                 c=np.searchsorted(thresholds, at["threshold"]),
-                cmap=MAP,
+                cmap=colour_map,
                 norm=colours,
                 marker=kinds[name],
                 s=22,

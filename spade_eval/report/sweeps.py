@@ -12,7 +12,7 @@ from spade_eval.errors import UserError
 from spade_eval.report.files import load_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _TEXT = (
@@ -70,11 +70,31 @@ class Sweep:
         return {task: split for task, split in known.items() if split}
 
     def made(self, task: str) -> dict[str, str]:
-        """What decides which questions of a task were asked, as far as sweep.json tells."""
+        """What decides about a task's questions and answers, as far as sweep.json tells."""
         own, settings = _entry(self.about, "tasks", task), _entry(self.about, "settings")
-        told = {"split": own, "version": own, "num_fewshot": own, "limit": settings,
-                "apply_chat_template": settings}  # fmt: skip
+        told = {
+            "split": own,
+            "version": own,
+            "num_fewshot": own,
+            "limit": settings,
+            "apply_chat_template": settings,
+            "positions": _entry(self.about, "sweep"),
+        }
+        if is_exit(self.cells[self.cells["task"] == task]).any():
+            told |= {"interval": settings, "min_layer": settings}
         return {name: str(found[name]) for name, found in told.items() if name in found}
+
+    def apart(self, other: Sweep, task: str, but: Sequence[str] = ()) -> list[str]:
+        """How another sweep of the task was made, for a message, where that is not like this one.
+
+        Args:
+            other: The other sweep.
+            task: The task.
+            but: What may differ.
+        """
+        was, now = self.made(task), other.made(task)
+        both = [name for name in was if name in now and name not in but]
+        return [f"{name} {was[name]} and {now[name]}" for name in both if was[name] != now[name]]
 
 
 def is_sweep(folder: Path) -> bool:
@@ -158,10 +178,17 @@ def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
         if other := len(values.drop_duplicates([*names, "value"])) - len(kept):
             again = f"{other} cells were measured twice, with other values"
             remarks.append(f"{model}: {again}; the last one is shown.")
-        states = {task: path for part in parts for task, path in part.states.items()}
+        states = {name: path for part in parts for name, path in _named_states(part, parts)}
         source = ", ".join(dict.fromkeys(part.source for part in parts))
         merged.append(replace(parts[0], source=source, cells=kept, states=states))
     return merged, remarks
+
+
+def _named_states(part: Sweep, parts: Sequence[Sweep]) -> Iterator[tuple[str, Path]]:
+    """Files of states; the adapter is in the name where several have states of a task."""
+    for task, path in part.states.items():
+        of = {str(p.cells["adapter"].iloc[0]) for p in parts if task in p.states}
+        yield (task_name(task, str(part.cells["adapter"].iloc[0])) if len(of) > 1 else task), path
 
 
 def _require_alike(parts: Sequence[Sweep]) -> None:
@@ -170,12 +197,7 @@ def _require_alike(parts: Sequence[Sweep]) -> None:
     for part in parts:
         for key in set(zip(part.cells["adapter"], part.cells["task"], strict=True)):
             other, task = first.setdefault(key, part), key[1]
-            was, now = other.made(task), part.made(task)
-            if apart := [
-                f"{name} {was[name]} and {now[name]}"
-                for name in was
-                if name in now and was[name] != now[name]
-            ]:
+            if apart := other.apart(part, task):
                 raise UserError(
                     f"{other.source} and {part.source}: sweeps of {part.model} on {task} with "
                     f"{', '.join(apart)}. Report them apart, or choose settings on the one and "

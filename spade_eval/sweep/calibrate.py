@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,7 @@ from spade_eval.calibration import Calibration
 from spade_eval.confidence import CONFIDENCES
 from spade_eval.cost import Account
 from spade_eval.errors import UserError
-from spade_eval.fit.documents import load_tasks
-from spade_eval.fit.rows import data_of
+from spade_eval.fit.rows import rows_of
 from spade_eval.lens import LinearLens
 from spade_eval.lm import lenses
 from spade_eval.splits import Split
@@ -23,6 +22,7 @@ from spade_eval.sweep.certify import certify, least_drop, p_values
 from spade_eval.sweep.compute import compute, configure, quiet
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.settings import SweepSettings
+from spade_eval.sweep.unseen import require_unseen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spade_eval.confidence import Name
-    from spade_eval.lens_config import LensConfig
     from spade_eval.sweep.lm import SweepLM
-
-log = logging.getLogger(__name__)
 
 METRIC = "acc"
 
@@ -97,16 +94,22 @@ def calibrate(
         whose `attrs` have the number of documents.
 
     Raises:
-        UserError: Documents that trained the lens, a task without the metric, too few documents.
+        UserError: Documents that trained the lens or the adapter, a task without the metric, too
+            few documents.
     """
     import pandas as pd
 
     if lm.world_size > 1:
         raise UserError("calibrate runs in one process: start it without accelerate launch.")
-    split = Split.parse(settings.split)
-    for name, lens in lm.maps.values():
-        _refuse_training_documents(name, lens.config, tasks, split, include_path)
-    _warn_of_evaluated_documents(tasks, split)
+    n = _documents(tasks, settings)
+    smallest = least_drop(n, settings.confidence)
+    if smallest > settings.max_drop:
+        raise UserError(
+            f"{n} documents are too few: with a confidence of {settings.confidence} they can "
+            f"certify a drop of {smallest:.4f} at best, and --max-drop {settings.max_drop} was "
+            "asked for. Give more documents, a larger drop or a lower confidence."
+        )
+    require_unseen(lm, tasks, Split.parse(settings.split), include_path)
     watched = lm.grid.exits[0].lens
     if watched in lm.maps:
         lens = lm.maps[watched][1]
@@ -118,14 +121,6 @@ def calibrate(
         for name, task in tasks.items():
             outcomes.append(_outcomes(lm, name, task, settings, Path(folder), accounts))
     right = np.concatenate(outcomes, axis=1)  # (1 + thresholds, documents)
-    n = right.shape[1]
-    smallest = least_drop(n, settings.confidence)
-    if smallest > settings.max_drop:
-        raise UserError(
-            f"{n} documents are too few: with a confidence of {settings.confidence} they can "
-            f"certify a drop of {smallest:.4f} at best, and --max-drop {settings.max_drop} was "
-            "asked for. Give more documents, a larger drop or a lower confidence."
-        )
     harmed = (right[0] & ~right[1:]).sum(1).tolist()
     reports = [account.total.report(account.start_token_layers) for account in accounts]
     curve = pd.DataFrame(
@@ -166,35 +161,24 @@ def calibrate(
     ), curve
 
 
-def _refuse_training_documents(
-    name: str, config: LensConfig, tasks: Mapping[str, Any], split: Split, include_path: Any
-) -> None:
-    """Refuse documents that trained a lens, also through a group or another task's prompts."""
-    if config.tasks and config.split and Split.parse(config.split).overlaps(split):
-        try:
-            loaded = load_tasks(config.tasks, include_path)
-        except UserError:  # data or a task that are not here: their names have to do
-            loaded = {}
-        known = {*config.tasks, *loaded}
-        data = {data_of(task) for task in loaded.values()} - {""}
-        shared = [task for task in tasks if task in known or data_of(tasks[task]) in data]
-        if shared:
-            raise UserError(
-                f"the {config.split} documents of {', '.join(shared)} trained the lens {name}: a "
-                "guarantee needs documents that it has not seen. Give another --split."
-            )
+def _documents(tasks: Mapping[str, Any], settings: CalibrateSettings) -> int:
+    """How many documents there are to calibrate on.
 
-
-def _warn_of_evaluated_documents(tasks: Mapping[str, Any], split: Split) -> None:
+    Raises:
+        UserError: A task has no such documents, or not the metric.
+    """
+    n = 0
     for name, task in tasks.items():
-        own = Split("test" if task.has_test_docs() else "validation")
-        if own.overlaps(split):
-            log.warning(
-                "Calibrating on %s documents of %s, which lm_eval evaluates: results on them are "
-                "then no longer a test. Give --split validation[N:] and evaluate with --limit N, "
-                "or documents of another split.",
-                own.name, name,
-            )  # fmt: skip
+        if METRIC not in task.higher_is_better():
+            raise UserError(
+                f"task {name} has no metric {METRIC}: calibration counts documents that are "
+                "answered right. Leave it out."
+            )
+        rows, limit = len(rows_of(name, task, settings.split)), settings.limit
+        if limit is not None:  # a share, or a number, as lm-eval has it
+            rows = min(rows, math.ceil(rows * limit) if limit < 1 else int(limit))
+        n += rows
+    return n
 
 
 def _outcomes(
@@ -233,13 +217,7 @@ def _outcomes(
                 rows.append(known[same])
                 continue
             found = metrics(replay, name, task, settings.limit, samples=True, errors=False)
-            samples = found[2] if found else []
-            if any(METRIC not in sample for sample in samples):
-                raise UserError(
-                    f"task {name} has no metric {METRIC}: calibration counts documents that are "
-                    "answered right. Leave it out."
-                )
-            samples.sort(key=lambda sample: sample["doc_id"])
+            samples = sorted(found[2] if found else [], key=lambda sample: sample["doc_id"])
             known[same] = [bool(sample[METRIC]) for sample in samples]
             rows.append(known[same])
     return np.array(rows)

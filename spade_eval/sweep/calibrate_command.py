@@ -110,6 +110,11 @@ def main(argv: list[str], tasks_path: Path) -> int:
     rule |= {"interval": checked.interval, "min_layer": checked.min_layer}
     lens = model_args.pop("lens", None)
     identity = lens == "identity"
+    if lens is None and "pretrained" in model_args:
+        raise UserError(
+            "--model_args lens=FOLDER is missing: the maps that ship with the package are those of "
+            "the default model. Fit some with `spade-eval fit`, or give lens=identity,readout=lens."
+        )
     maps = [] if lens is None or identity else [("lens", LinearLens.from_pretrained(lens))]
     kind = "logit_lens" if identity else maps[0][1].config.decoder if maps else "l_spade"
     if kind != "l_spade" and rule["readout"] == "spade":

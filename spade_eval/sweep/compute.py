@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.evaluator import evaluate
 
 from spade_eval.errors import UserError
-from spade_eval.fit.rows import rows_of
+from spade_eval.fit.rows import SPLITS, rows_of
+from spade_eval.splits import Split
 from spade_eval.sweep.store import Store
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ def require_scored(tasks: Mapping[str, Any]) -> None:
 
 def configure(name: str, task: Any, settings: SweepSettings) -> None:
     """Set a task up as lm-eval's command line does, with the documents of the asked split."""
+    shared = False
     if settings.split is not None:
         rows = rows_of(name, task, settings.split)
+        shared = _draw_no_document_for_itself(task, settings.split)
         # lm-eval evaluates the test's documents where there are any.
         task.has_test_docs = lambda: True
         task.test_docs = lambda: rows
@@ -49,7 +52,33 @@ def configure(name: str, task: Any, settings: SweepSettings) -> None:
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
+    shots = task.get_config("num_fewshot")
+    if shared and shots >= len(task.sampler.df):
+        raise UserError(
+            f"task {name}: prompts of {shots} examples are drawn from {len(task.sampler.df)} rows, "
+            f"which are those of split={settings.split!r}, each without itself. Give fewer "
+            "(--num_fewshot), or another split."
+        )
     task.set_fewshot_seed(seed=settings.seed)
+
+
+def _draw_no_document_for_itself(task: Any, split: str) -> bool:
+    """Keep documents of a split out of their own few-shot prompts.
+
+    lm-eval does that where examples come from the test split, and this split takes its place.
+
+    Returns:
+        Whether the examples come from this split.
+    """
+    config, examples = task.config, task.fewshot_cfg
+    source = examples.split
+    if source is None and not examples.samples:
+        kinds = [kind for kind in SPLITS.values() if getattr(task, f"has_{kind}_docs")()]
+        source = getattr(config, f"{kinds[0]}_split")  # lm-eval's own rule
+    shared = source == getattr(config, f"{SPLITS[Split.parse(split).name]}_split")
+    if shared:
+        examples.split = config.test_split = source
+    return shared
 
 
 def compute(lm: SweepLM, name: str, task: Any, folder: Path, settings: SweepSettings) -> Collected:

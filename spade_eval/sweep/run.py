@@ -21,7 +21,8 @@ from spade_eval.lm.cache import fingerprint
 from spade_eval.sweep import contexts, table
 from spade_eval.sweep.compute import compute, configure, quiet
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
-from spade_eval.sweep.settings import CONFIG, TABLE, check_output
+from spade_eval.sweep.samples import samples_of
+from spade_eval.sweep.settings import CONFIG, SAMPLES, STATES, TABLE, check_output
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,7 +98,7 @@ def _sweep(
             rows += [{**fixed, **row, "seconds": round(seconds, 3)} for row in found]
             about[name] = _about(task, settings, seconds, lm.account.truncated_requests - truncated)
         if settings.log_samples:
-            samples.append(_samples(lm, name, task, collected))
+            samples.append(samples_of(lm, name, task, collected))
         if collected.states is not None:
             states[name] = _states(lm, task, collected)
     if settings.log_samples:
@@ -114,6 +115,7 @@ def _sweep(
         "n_layers": lm.backbone.n_layers,
         "tasks": about,
         "seed": settings.seed,
+        "resumed": resume,  # the seconds are then those of the last process; the tasks' are whole
         "seconds": round(time.perf_counter() - begin, 1),
         "peak_memory_mb": peak_memory_mb(),
         "versions": _versions(),
@@ -152,35 +154,6 @@ def _replay(
                 for metric, (value, error) in found.items()
             ]
     return rows
-
-
-def _samples(lm: SweepLM, name: str, task: Any, collected: Collected) -> pd.DataFrame:
-    """Each cell's log-likelihood of each request; windows of a text are added up."""
-    import numpy as np
-    import pandas as pd
-
-    found = []
-    cells = table.cells(lm.grid, task.OUTPUT_TYPE == "loglikelihood_rolling")
-    for call in collected.calls:
-        at: dict[int, int] = {}
-        of = np.array([at.setdefault(id(i), len(at)) for i in call.instances], dtype=np.int64)
-        one = np.unique(of, return_index=True)[1]
-        rolling = call.instances[0].request_type == "loglikelihood_rolling"
-        keys = pd.DataFrame(
-            {
-                "task": name,
-                "doc_id": [call.instances[i].doc_id for i in one],
-                "request": [call.instances[i].idx for i in one],
-            }
-        )
-        for columns, cell in cells:
-            values = call.logprobs[cell]
-            each = np.bincount(of, values) if rolling else values[one]
-            own = {"loglikelihood": each, "is_greedy": call.greedy[cell][one]}
-            names = ("decoder", "lens_data", "layer", "threshold", "confidence", "exit_scope",
-                     "readout")  # fmt: skip
-            found.append(keys.assign(**{n: columns.get(n) for n in names}, **own))
-    return pd.concat(found, ignore_index=True)
 
 
 def _states(lm: SweepLM, task: Any, collected: Collected) -> tuple[dict[int, Any], dict[int, int]]:
@@ -234,9 +207,9 @@ def _write(
     table.write(whole, ready, TABLE)
     if samples:
         every = pd.concat(samples, ignore_index=True).drop_duplicates()
-        table.write(every, ready, "samples", csv=False)
+        table.write(every, ready, SAMPLES, csv=False)
     for name, found in states.items():
-        contexts.write(ready / f"states_{_file(name)}.safetensors", *found)
+        contexts.write(ready / STATES.format(_file(name)), *found)
     work.write_json(ready / CONFIG, record)
     if overwrite and output.exists():
         shutil.rmtree(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from spade_eval.sweep.grid import Ask
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONFIG, TABLE = "sweep.json", "sweep"
+CONFIG, TABLE, SAMPLES = "sweep.json", "sweep", "samples"
+STATES = "states_{}.safetensors"  # of a task
+OWN = re.compile(rf"{TABLE}\.(json|csv|parquet)|{SAMPLES}\.parquet|{STATES.format('.*')}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
     output, work_folder = settings.output, settings.work
     if output.is_file() or (output.exists() and not (output / CONFIG).is_file()):
         raise UserError(f"{output} is no sweep's folder: give another --output.")
+    if others := sorted(p.name for p in _entries(output) if not OWN.fullmatch(p.name)):
+        raise UserError(
+            f"{output} holds other files than a sweep's ({', '.join(others[:4])}), which would go "
+            "with it. Move them, or give another --output."
+        )
     if output.exists() and not overwrite:
         raise UserError(
             f"{output} holds a sweep{_apart(output / CONFIG, settings)}. Give another --output, or "
@@ -85,6 +93,10 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
             "--resume, another --output, or --overwrite."
         )
     work.require_free(output, work_folder, resume, overwrite)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _apart(path: Path, settings: SweepSettings) -> str:

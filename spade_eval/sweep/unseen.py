@@ -1,0 +1,93 @@
+"""Whether a model has seen the documents that are to stand for new ones.
+
+Lenses and adapters are trained on documents, and more of them choose when to stop. Documents may be
+shared through a group of tasks, or through another task's prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spade_eval import adapters
+from spade_eval.errors import UserError
+from spade_eval.fit.documents import load_tasks
+from spade_eval.fit.rows import data_of
+from spade_eval.splits import Split
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from spade_eval.sweep.lm import SweepLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents by their tasks, a, b, and their split."""
+
+    tasks: tuple[str, ...]
+    split: Split
+
+    def among(self, tasks: Mapping[str, Any], split: Split, include_path: Any) -> list[str]:
+        """The tasks of which a split may hold some of these documents.
+
+        Args:
+            tasks: lm-eval's tasks by name.
+            split: Of these.
+            include_path: Folders of further tasks, in which our own are looked up.
+        """
+        if not self.tasks or not self.split.overlaps(split):
+            return []
+        try:
+            loaded = load_tasks(self.tasks, include_path)
+        except UserError:  # data or a task that are not here: their names have to do
+            loaded = {}
+        known = {*self.tasks, *loaded}
+        data = {data_of(task) for task in loaded.values()} - {""}
+        return [name for name in tasks if name in known or data_of(tasks[name]) in data]
+
+
+def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_path: Any) -> None:
+    """Refuse documents that trained a lens or the adapter; warn of those that chose something.
+
+    Args:
+        lm: The model with its lenses and adapter.
+        tasks: lm-eval's tasks by name.
+        split: Of these.
+        include_path: Folders of further tasks, in which those of the training are looked up.
+
+    Raises:
+        UserError: Names the tasks, and what they trained.
+    """
+    trained = {
+        f"the lens {name}": Documents(lens.config.tasks, Split.parse(lens.config.split))
+        for name, lens in lm.maps.values()
+        if lens.config.tasks and lens.config.split
+    }
+    made = adapters.record(lm.peft, lm.revision) if lm.peft else {}
+    learned = tuple(made.get("tasks", ()))
+    trained[f"the adapter {lm.peft}"] = Documents(learned, Split("train"))
+    for what, documents in trained.items():
+        if shared := documents.among(tasks, split, include_path):
+            raise UserError(
+                f"the {documents.split.name} documents of {', '.join(shared)} trained {what}: a "
+                "guarantee needs documents that it has not seen. Give another --split."
+            )
+    if shared := Documents(learned, Split("validation")).among(tasks, split, include_path):
+        log.warning(
+            "%s validation documents, of %s among others, chose the step of the adapter %s: on "
+            "them it is a little too good.",
+            made.get("validation_documents", "Some"), ", ".join(shared), lm.peft,
+        )  # fmt: skip
+    for name, task in tasks.items():
+        own = Split("test" if task.has_test_docs() else "validation")
+        if own.overlaps(split):
+            log.warning(
+                "Calibrating on %s documents of %s, which lm_eval evaluates: results on them are "
+                "then no longer a test. Give --split validation[N:] and evaluate with --limit N, "
+                "or documents of another split.",
+                own.name, name,
+            )  # fmt: skip
