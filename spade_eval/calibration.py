@@ -24,6 +24,7 @@ class Calibration:
         tasks: The tasks whose documents were used; the guarantee holds for more of the same.
         split: Of the tasks.
         documents: n.
+        documents_by_task: The same of each task: the bound is on documents in these proportions.
         max_drop: Bound on the risk, the share of documents that the full model answers right and
             the exit run wrong.
         confidence: Probability, over the draw of the documents, that the bound holds.
@@ -47,6 +48,7 @@ class Calibration:
     harmed: int
     net_drop: float
     model: dict[str, Any]
+    documents_by_task: dict[str, int] = field(default_factory=dict)
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -104,12 +106,16 @@ class Calibration:
         return {**self.rule, "threshold": self.threshold}
 
     @property
-    def prompts(self) -> str:
-        """Which of lm_eval's arguments about prompts a run needs, and which it must not have."""
+    def holds_for(self) -> str:
+        """What a model cannot check: lm_eval's arguments about prompts, and how many documents."""
         shots = "" if self.num_fewshot is None else f" {self.num_fewshot}"
         given = {f"--num_fewshot{shots}": shots, "--apply_chat_template": self.apply_chat_template}
         has = {True: "with", False: "without"}
-        return ", ".join(f"{has[bool(value)]} {name}" for name, value in given.items())
+        runs = "runs " + ", ".join(f"{has[bool(value)]} {name}" for name, value in given.items())
+        if len(self.documents_by_task) < 2:
+            return runs
+        parts = ", ".join(f"{task}: {n}" for task, n in self.documents_by_task.items())
+        return f"{runs}, and documents of its tasks in the proportions of calibration ({parts})"
 
     def require_model(self, found: dict[str, Any]) -> None:
         """Make sure that a model is the one that was calibrated.

@@ -207,13 +207,15 @@ def test_a_calibration_is_of_one_model_one_lens_and_its_tasks(
 
 
 def test_a_bound_on_several_tasks_is_no_bound_on_one(
-    calibrated: tuple[Calibration, Path], tmp_path: Path
+    calibrated: tuple[Calibration, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found, _ = calibrated
     path = tmp_path / "two.json"
-    write_json(path, replace(found, tasks=(TASK, "other")).to_json())
+    both = replace(found, tasks=(TASK, "other"), documents_by_task={TASK: 28, "other": 3})
+    write_json(path, both.to_json())
     own = {"threshold": "calibrated", "calibration": path, "max_length": 255}
     lm = build(SpadeExitLM, lens=lens("l_spade", 1), **own)
+    assert f"in the proportions of calibration ({TASK}: 28, other: 3)" in caplog.text
     requests = instances([("Q: the cat", " runs"), ("Q: the dog", " runs")])
     for request in requests:
         request.task_name = TASK
@@ -236,8 +238,25 @@ def test_documents_that_an_adapter_has_seen(
     assert "chose the step" not in caplog.text
     require_unseen(lm, tasks(), Split("validation"), tasks_path())
     assert f"7 validation documents, of {TASK} among others, chose the step" in caplog.text
+    same = tasks()
+    same[TASK].config.validation_split = same[TASK].config.training_split
+    with pytest.raises(UserError, match=f"train documents of {TASK} trained the adapter"):
+        require_unseen(lm, same, Split("validation"), tasks_path())
     (tmp_path / adapter_files.RECORD).write_text("[]")  # not ours
     require_unseen(lm, tasks(), Split("train"), tasks_path())
+
+
+def test_every_lens_is_looked_at_and_the_rows_are_named() -> None:
+    def trained(kind: str, split: str) -> Any:
+        found = lens(kind, 1)
+        found.config = replace(found.config, tasks=(TASK,), split=split)
+        return found
+
+    first, second = trained("l_spade", "validation[:9]"), trained("tuned_lens", "train")
+    lm = build(SweepLM, ask=ask(), maps=[("x", first), ("x", second)], max_length=255)
+    with pytest.raises(UserError, match=r"the validation\[:9\] documents of .* trained the lens x"):
+        require_unseen(lm, tasks(), Split("validation", 5), tasks_path())
+    require_unseen(lm, tasks(), Split("validation", 9), tasks_path())
 
 
 def test_what_cannot_be_certified_costs_no_pass() -> None:

@@ -16,7 +16,6 @@ from spade_eval.confidence import CONFIDENCES, choice_entropy, entropy, max_prob
 from spade_eval.exits import confident
 
 VOCABULARY = ["entropy", "top2_margin", "max_prob"]
-LOW = ["entropy", "choice_entropy"]
 
 numbers = st.floats(-60, 60, width=32)
 rows = st.lists(numbers, min_size=2, max_size=12)

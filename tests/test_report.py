@@ -525,8 +525,11 @@ def test_rules_of_other_candidates_are_not_one_curve(tmp_path: Path) -> None:
 
     own = swept("own")
     for more in ({"interval": 4}, {"min_layer": 10}):
-        with pytest.raises(UserError, match=f"{next(iter(more))} .* and "):
+        with pytest.raises(
+            UserError, match=rf"{next(iter(more))} .* and \d+. Report them apart\.$"
+        ):
             build.make_report([own, swept("other", **more)], tmp_path / "out")
+    build.make_report([own, swept("half", min_layer=6)], tmp_path / "out")  # of 12
     build.make_report([own, swept("plain", exits=False, interval=4)], tmp_path / "out")
     few = swept("few", split="validation", shots=5)
     with pytest.raises(UserError, match=r"--chosen-on: .*few.* num_fewshot 5 and 0"):
@@ -535,6 +538,25 @@ def test_rules_of_other_candidates_are_not_one_curve(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--chosen-on: .*rare.* interval 4 and 2"):
         build.make_report([own], tmp_path / "out", [rare])
     build.make_report([own], tmp_path / "out", [swept("good", split="validation", limit=9)])
+
+
+def test_each_adapter_is_compared_with_its_own_choosers(tmp_path: Path) -> None:
+    def swept(adapter: str, split: str, shots: int, weights: str = "a") -> Path:
+        cells = pd.DataFrame([cell("full", "arc", 0.7, layer=12, adapter=adapter)], columns=COLUMNS)
+        return sweep_folder(
+            tmp_path / f"{adapter}-{split}-{weights}",
+            cells,
+            tasks={"arc": {"split": split, "num_fewshot": shots}},
+            sweep={"lenses": {"x": {"lens_weights": weights}}},
+        )
+
+    tests = [swept("", "test", 5), swept("lora", "test", 0)]
+    build.make_report(
+        tests, tmp_path / "out", [swept("", "validation", 5), swept("lora", "validation", 0)]
+    )
+    other = swept("lora", "validation", 0, weights="b")
+    with pytest.raises(UserError, match=r"--chosen-on: .* lens x b and a"):
+        build.make_report(tests, tmp_path / "out", [other])
 
 
 def test_generalisation(tmp_path: Path) -> None:

@@ -370,6 +370,7 @@ def test_a_text_is_greedy_if_all_its_windows_are() -> None:
     full = found[found["decoder"] == "full"].sort_values("doc_id")
     assert full["loglikelihood"].tolist() == [-3, -12]
     assert full["is_greedy"].tolist() == [False, True]
+    assert samples_of(lm, "x", task, Collected(Store(Path("unused"), (0, 1)), [nothing])).empty
 
 
 # ---------------------------------------------------------------- stopped and resumed
@@ -492,6 +493,8 @@ def test_other_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out/report").mkdir()
     with pytest.raises(UserError, match=r"other files than a sweep's \(report, thesis.tex\)"):
         run(tmp_path / "out", overwrite=True)
+    with pytest.raises(UserError, match=r"holds a sweep.* or --overwrite"):
+        run(tmp_path / "out")
     assert (tmp_path / "out/report").exists()
 
 

@@ -91,7 +91,7 @@ class SpadeExitLM(SpadeLM):
         if self._calibration is not None:
             own = {"readout": readout or self.default_readout}
             chosen = self._calibration.arguments({**given, **own})
-            log.warning("threshold=%s holds for runs %s.", WORD, self._calibration.prompts)
+            log.warning("threshold=%s holds for %s.", WORD, self._calibration.holds_for)
         else:
             defaults = {**DEFAULTS, "readout": self.default_readout}
             chosen = {**defaults, **{k: v for k, v in given.items() if v is not None}}

@@ -16,7 +16,7 @@ from spade_eval.report.formats import write_table
 from spade_eval.report.page import source_rows, write_page
 from spade_eval.report.spaces import space_figures
 from spade_eval.report.styles import save, styled
-from spade_eval.report.sweeps import by_model, is_sweep, read_sweep, short_adapters
+from spade_eval.report.sweeps import DOCUMENTS, by_model, is_sweep, read_sweep, short_adapters
 from spade_eval.report.tables import leaderboard, sweep_tables
 from spade_eval.splits import Split
 
@@ -113,7 +113,8 @@ def _choosers(
         paths: Where the others are from, for messages.
 
     Raises:
-        UserError: There are none of a model, or they are of the documents that are reported.
+        UserError: There are none of a model, or they are of the documents that are reported, or
+            made in another way.
     """
     for sweep, other in product(sweeps, others):
         if other.model != sweep.model:
@@ -124,8 +125,8 @@ def _choosers(
                 f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
                 "spade-eval sweep --split, of one split as validation[:500] and validation[500:]."
             )
-        for task in sorted(sweep.splits.keys() & other.splits.keys()):
-            if apart := other.apart(sweep, task, but=("split", "limit")):
+        for _, task in sorted(sweep.subjects & other.subjects):
+            if apart := other.apart(sweep, task, but=DOCUMENTS):
                 raise UserError(
                     f"--chosen-on: {other.source} and {sweep.source} are sweeps of {task} with "
                     f"{', '.join(apart)}. Choose settings on a sweep that was made like the one "

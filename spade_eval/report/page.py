@@ -85,8 +85,8 @@ def source_rows(sweeps: Sequence[Sweep]) -> list[dict[str, str]]:
     for sweep in sweeps:
         about = sweep.about
         row = {"folder": sweep.source, "model": sweep.model, "layers": str(sweep.n_layers)}
-        for key in ("tasks", "seed", "command", "spade_eval", "versions"):
-            if key in about:
+        for key in ("adapter", "tasks", "seed", "command", "spade_eval", "versions"):
+            if about.get(key) is not None:
                 value = about[key]
                 row[key] = (
                     value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

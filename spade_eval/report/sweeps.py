@@ -23,6 +23,7 @@ _NUMBERS = (
     "layer", "threshold", "value", "stderr", "n", "mean_exit_layer", "token_layer_ratio", "seconds",
 )  # fmt: skip
 _TABLES = ("sweep.parquet", "sweep.csv")
+DOCUMENTS = ("split", "limit")  # what decides which documents of a task are swept
 FULL = "full"  # the decoder that is the whole model
 
 _KNOWN = {
@@ -69,6 +70,11 @@ class Sweep:
         known = {task: self.made(task).get("split") for task in _entry(self.about, "tasks")}
         return {task: split for task, split in known.items() if split}
 
+    @property
+    def subjects(self) -> set[tuple[str, str]]:
+        """Adapters, and the tasks that were swept under them."""
+        return set(zip(self.cells["adapter"], self.cells["task"], strict=True))
+
     def made(self, task: str) -> dict[str, str]:
         """What decides about a task's questions and answers, as far as sweep.json tells."""
         own, settings = _entry(self.about, "tasks", task), _entry(self.about, "settings")
@@ -80,9 +86,15 @@ class Sweep:
             "apply_chat_template": settings,
             "positions": _entry(self.about, "sweep"),
         }
-        if is_exit(self.cells[self.cells["task"] == task]).any():
-            told |= {"interval": settings, "min_layer": settings}
-        return {name: str(found[name]) for name, found in told.items() if name in found}
+        made = {name: str(found[name]) for name, found in told.items() if name in found}
+        if is_exit(self.cells[self.cells["task"] == task]).any() and "interval" in settings:
+            least = settings.get("min_layer")
+            made["interval"] = str(settings["interval"])
+            made["min_layer"] = str((self.n_layers + 1) // 2 if least is None else least)
+        for name in _entry(self.about, "sweep", "lenses"):
+            lens = _entry(self.about, "sweep", "lenses", name)
+            made[f"lens {name}"] = str(lens.get("lens_weights", ""))
+        return made
 
     def apart(self, other: Sweep, task: str, but: Sequence[str] = ()) -> list[str]:
         """How another sweep of the task was made, for a message, where that is not like this one.
@@ -156,7 +168,7 @@ def by_model(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], list[str]]:
         One sweep per model, and remarks on what was measured twice and came out differently.
 
     Raises:
-        UserError: Sweeps of one model disagree about its layers, or about a task's documents.
+        UserError: Sweeps of one model disagree about its layers, or about how a task was swept.
     """
     merged: list[Sweep] = []
     remarks = []
@@ -192,16 +204,17 @@ def _named_states(part: Sweep, parts: Sequence[Sweep]) -> Iterator[tuple[str, Pa
 
 
 def _require_alike(parts: Sequence[Sweep]) -> None:
-    """Refuse sweeps that asked other questions of a task: their cells cannot stand in one table."""
+    """Refuse sweeps of a task that were not made alike: their cells cannot stand in one table."""
     first: dict[tuple[str, str], Sweep] = {}
     for part in parts:
-        for key in set(zip(part.cells["adapter"], part.cells["task"], strict=True)):
+        for key in part.subjects:
             other, task = first.setdefault(key, part), key[1]
             if apart := other.apart(part, task):
+                choose = ", or choose settings on the one and report the other (--chosen-on)"
+                only = other.apart(part, task, but=DOCUMENTS)
                 raise UserError(
                     f"{other.source} and {part.source}: sweeps of {part.model} on {task} with "
-                    f"{', '.join(apart)}. Report them apart, or choose settings on the one and "
-                    "report the other (--chosen-on)."
+                    f"{', '.join(apart)}. Report them apart{'' if only else choose}."
                 )
 
 

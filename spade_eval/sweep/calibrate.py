@@ -87,7 +87,7 @@ def calibrate(
         tasks: lm-eval's tasks by name.
         settings: What was asked for.
         command: For the file.
-        include_path: Folders of further tasks, in which those that trained the lens are looked up.
+        include_path: Folders of further tasks, in which those of trainings are looked up.
 
     Returns:
         The calibration, None if no threshold meets the bound; and the curve, most cautious first,
@@ -101,7 +101,8 @@ def calibrate(
 
     if lm.world_size > 1:
         raise UserError("calibrate runs in one process: start it without accelerate launch.")
-    n = _documents(tasks, settings)
+    by_task = _documents(tasks, settings)
+    n = sum(by_task.values())
     smallest = least_drop(n, settings.confidence)
     if smallest > settings.max_drop:
         raise UserError(
@@ -121,6 +122,11 @@ def calibrate(
         for name, task in tasks.items():
             outcomes.append(_outcomes(lm, name, task, settings, Path(folder), accounts))
     right = np.concatenate(outcomes, axis=1)  # (1 + thresholds, documents)
+    if right.shape[1] != n:
+        raise UserError(
+            f"lm-eval scored {right.shape[1]} of {n} documents: a guarantee needs every one. Leave "
+            "tasks with filters or repeats out."
+        )
     harmed = (right[0] & ~right[1:]).sum(1).tolist()
     reports = [account.total.report(account.start_token_layers) for account in accounts]
     curve = pd.DataFrame(
@@ -149,6 +155,7 @@ def calibrate(
         tasks=tuple(tasks),
         split=settings.split,
         documents=n,
+        documents_by_task=by_task,
         max_drop=settings.max_drop,
         confidence=settings.confidence,
         harmed=int(row["harmed"]),
@@ -161,13 +168,13 @@ def calibrate(
     ), curve
 
 
-def _documents(tasks: Mapping[str, Any], settings: CalibrateSettings) -> int:
-    """How many documents there are to calibrate on.
+def _documents(tasks: Mapping[str, Any], settings: CalibrateSettings) -> dict[str, int]:
+    """How many documents of each task there are to calibrate on.
 
     Raises:
         UserError: A task has no such documents, or not the metric.
     """
-    n = 0
+    found = {}
     for name, task in tasks.items():
         if METRIC not in task.higher_is_better():
             raise UserError(
@@ -177,8 +184,8 @@ def _documents(tasks: Mapping[str, Any], settings: CalibrateSettings) -> int:
         rows, limit = len(rows_of(name, task, settings.split)), settings.limit
         if limit is not None:  # a share, or a number, as lm-eval has it
             rows = min(rows, math.ceil(rows * limit) if limit < 1 else int(limit))
-        n += rows
-    return n
+        found[name] = rows
+    return found
 
 
 def _outcomes(

@@ -77,6 +77,8 @@ def main(argv: list[str], tasks_path: Path) -> int:
     for name, value in (("--max-drop", args.max_drop), ("--confidence", args.confidence)):
         if not 0 < value < 1:
             raise UserError(f"{name} {value}: give a number between 0 and 1.")
+    if args.limit is not None and args.limit <= 0:
+        raise UserError(f"--limit {args.limit:g}: give a number of documents, or a share below 1.")
     if args.output.is_dir() or (args.output.exists() and not args.overwrite):
         raise UserError(f"{args.output} exists. Give another file as --output, or --overwrite.")
     try:

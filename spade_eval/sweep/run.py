@@ -22,7 +22,14 @@ from spade_eval.sweep import contexts, table
 from spade_eval.sweep.compute import compute, configure, quiet
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.samples import samples_of
-from spade_eval.sweep.settings import CONFIG, SAMPLES, STATES, TABLE, check_output
+from spade_eval.sweep.settings import (
+    CONFIG,
+    SAMPLES,
+    STATES,
+    TABLE,
+    check_output,
+    require_replaceable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -212,6 +219,7 @@ def _write(
         contexts.write(ready / STATES.format(_file(name)), *found)
     work.write_json(ready / CONFIG, record)
     if overwrite and output.exists():
+        require_replaceable(output)
         shutil.rmtree(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     ready.rename(output)

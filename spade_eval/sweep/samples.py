@@ -52,4 +52,4 @@ def samples_of(lm: SweepLM, name: str, task: Any, collected: Collected) -> pd.Da
             names = ("decoder", "lens_data", "layer", "threshold", "confidence", "exit_scope",
                      "readout")  # fmt: skip
             found.append(keys.assign(**{n: columns.get(n) for n in names}, **own))
-    return pd.concat(found, ignore_index=True)
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()

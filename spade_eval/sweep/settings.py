@@ -76,12 +76,9 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
     output, work_folder = settings.output, settings.work
     if output.is_file() or (output.exists() and not (output / CONFIG).is_file()):
         raise UserError(f"{output} is no sweep's folder: give another --output.")
-    if others := sorted(p.name for p in _entries(output) if not OWN.fullmatch(p.name)):
-        raise UserError(
-            f"{output} holds other files than a sweep's ({', '.join(others[:4])}), which would go "
-            "with it. Move them, or give another --output."
-        )
-    if output.exists() and not overwrite:
+    if overwrite:
+        require_replaceable(output)
+    elif output.exists():
         raise UserError(
             f"{output} holds a sweep{_apart(output / CONFIG, settings)}. Give another --output, or "
             "--overwrite to replace it."
@@ -95,8 +92,18 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
     work.require_free(output, work_folder, resume, overwrite)
 
 
-def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+def require_replaceable(output: Path) -> None:
+    """Make sure that a sweep may take a folder's place.
+
+    Raises:
+        UserError: It holds other files than a sweep's.
+    """
+    found = [path.name for path in output.iterdir()] if output.exists() else []
+    if others := sorted(name for name in found if not OWN.fullmatch(name)):
+        raise UserError(
+            f"{output} holds other files than a sweep's ({', '.join(others[:4])}), which would go "
+            "with it. Move them, or give another --output."
+        )
 
 
 def _apart(path: Path, settings: SweepSettings) -> str:

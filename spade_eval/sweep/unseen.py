@@ -7,13 +7,13 @@ shared through a group of tasks, or through another task's prompts.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from spade_eval import adapters
 from spade_eval.errors import UserError
 from spade_eval.fit.documents import load_tasks
-from spade_eval.fit.rows import data_of
+from spade_eval.fit.rows import SPLITS, data_of
 from spade_eval.splits import Split
 
 if TYPE_CHECKING:
@@ -39,15 +39,30 @@ class Documents:
             split: Of these.
             include_path: Folders of further tasks, in which our own are looked up.
         """
-        if not self.tasks or not self.split.overlaps(split):
+        if not self.tasks:
             return []
         try:
             loaded = load_tasks(self.tasks, include_path)
         except UserError:  # data or a task that are not here: their names have to do
-            loaded = {}
-        known = {*self.tasks, *loaded}
-        data = {data_of(task) for task in loaded.values()} - {""}
-        return [name for name in tasks if name in known or data_of(tasks[name]) in data]
+            return [name for name in tasks if name in self.tasks and self.split.overlaps(split)]
+
+        def same(name: str, own: str) -> bool:
+            data = data_of(tasks[name])
+            return name == own or (bool(data) and data == data_of(loaded[own]))
+
+        return [
+            name
+            for name, task in tasks.items()
+            if any(
+                same(name, own) and rows(task, split).overlaps(rows(learned, self.split))
+                for own, learned in loaded.items()
+            )
+        ]
+
+
+def rows(task: Any, split: Split) -> Split:
+    """A split under the name that the task's data set gives it: several may be the same rows."""
+    return replace(split, name=getattr(task.config, f"{SPLITS[split.name]}_split") or "")
 
 
 def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_path: Any) -> None:
@@ -62,19 +77,18 @@ def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_
     Raises:
         UserError: Names the tasks, and what they trained.
     """
-    trained = {
-        f"the lens {name}": Documents(lens.config.tasks, Split.parse(lens.config.split))
+    trained = [
+        (f"the lens {name}", lens.config.tasks, lens.config.split)
         for name, lens in lm.maps.values()
         if lens.config.tasks and lens.config.split
-    }
+    ]
     made = adapters.record(lm.peft, lm.revision) if lm.peft else {}
     learned = tuple(made.get("tasks", ()))
-    trained[f"the adapter {lm.peft}"] = Documents(learned, Split("train"))
-    for what, documents in trained.items():
-        if shared := documents.among(tasks, split, include_path):
+    for what, names, whose in [*trained, (f"the adapter {lm.peft}", learned, "train")]:
+        if shared := Documents(names, Split.parse(whose)).among(tasks, split, include_path):
             raise UserError(
-                f"the {documents.split.name} documents of {', '.join(shared)} trained {what}: a "
-                "guarantee needs documents that it has not seen. Give another --split."
+                f"the {whose} documents of {', '.join(shared)} trained {what}: a guarantee needs "
+                "documents that it has not seen. Give another --split."
             )
     if shared := Documents(learned, Split("validation")).among(tasks, split, include_path):
         log.warning(
@@ -84,7 +98,7 @@ def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_
         )  # fmt: skip
     for name, task in tasks.items():
         own = Split("test" if task.has_test_docs() else "validation")
-        if own.overlaps(split):
+        if rows(task, own).overlaps(rows(task, split)):
             log.warning(
                 "Calibrating on %s documents of %s, which lm_eval evaluates: results on them are "
                 "then no longer a test. Give --split validation[N:] and evaluate with --limit N, "
