@@ -3,21 +3,21 @@
 # make test-slow the same with the slow tests and more random cases
 # make lint      ruff and mypy
 # make demo      the main job on a real model: SPADE-EXIT, a fixed layer, and all layers, with the account
-# make bench     speed against --model hf, into results/benchmarks
+# make bench     the speed tables under results/ again; an hour or two, needs the Hub
 # make results   all sweeps and reports under results/ again; hours, needs the Hub
 # make clean     remove the environment and what builds leave behind
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-OFFLINE ?= 0# of make results: 1 if everything is in the cache of the Hub
+OFFLINE ?= 0# of make bench and make results: 1 if everything is in the cache of the Hub
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DEMO := $(BIN)/spade-eval run --batch_size 16 --limit 40 --log_samples \
 	--tasks spade_mini_science_text,spade_mini_yesno,spade_mini_health
 
-# The model and the tasks of every target are on this machine once setup is done.
+# The model and the tasks of the other targets are on this machine once setup is done.
 export HF_HUB_OFFLINE := 1
 
 .PHONY: setup test test-slow lint demo bench results clean
@@ -54,11 +54,16 @@ demo: setup
 	@echo "== side by side: the whole model, and SPADE-EXIT"
 	$(BIN)/spade-eval compare build/demo/full build/demo/exits
 
+bench: export HF_HUB_OFFLINE := $(OFFLINE)
 bench: setup
 	$(BIN)/python benchmarks/scoring.py --output results/benchmarks/scoring
 	$(BIN)/python benchmarks/exits.py --part speed
-	$(BIN)/python benchmarks/sweep.py
-	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/exits.py --part curves
+	$(MAKE) -f results/Makefile BIN=$(BIN) build/results/tuned_lens-arc/config.json
+	$(BIN)/python benchmarks/sweep.py --tuned build/results/tuned_lens-arc
+	$(BIN)/python benchmarks/generation.py --part one
+	$(BIN)/python benchmarks/generation.py --part overhead
+	$(BIN)/python benchmarks/generation.py --part thresholds
 
 results: setup
 	HF_HUB_OFFLINE=$(OFFLINE) $(MAKE) -f results/Makefile BIN=$(BIN)

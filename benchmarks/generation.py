@@ -12,7 +12,7 @@ pairs' ratios.
   ... 28) and with layer 20 alone, since every check reads the whole head. Agreement is the share of
   tokens that the full model would have chosen after the same text.
 
-Writes results/generation/speed.{json,md}.
+Writes results/generation/PART.{json,md}.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("results/generation"))
-    parser.add_argument("--part", choices=["one", "overhead", "thresholds"])
+    parser.add_argument("--part", choices=["one", "overhead", "thresholds"], default="one")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(default_model_path())
@@ -141,13 +141,13 @@ def main() -> None:
         )
         sys.stderr.write(f"{rows[-1]}\n")
 
-    if args.part in (None, "one"):
+    if args.part == "one":
         for batch in (1, 4):
             add(build(ALL, min_layer=20), "threshold=1e9,min_layer=20", batch, 300, 1)
-    if args.part in (None, "overhead"):
+    if args.part == "overhead":
         for batch in (1, 8):
             add(never, "threshold=-1", batch, 32, 64)
-    if args.part in (None, "thresholds"):
+    if args.part == "thresholds":
         for threshold in THRESHOLDS:
             add(build(threshold), f"threshold={threshold}", 8, 32, 64)
         for threshold in THRESHOLDS:  # layer 20 is the only candidate
@@ -155,17 +155,19 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     report = {"machine": machine(), "threads": threads, "rows": rows}
-    (args.output / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
-    part = f" --part {args.part}" if args.part else ""
-    command = f"OMP_NUM_THREADS={threads} python benchmarks/generation.py --repeats {args.repeats}"
+    (args.output / f"{args.part}.json").write_text(json.dumps(report, indent=1) + "\n")
+    command = (
+        f"OMP_NUM_THREADS={threads} python benchmarks/generation.py --repeats {args.repeats} "
+        f"--part {args.part}"
+    )
     about = (
         "Seconds of `generate`, the model's own over ours, pairs of runs in turn, medians. A ratio "
         "above 1 is faster than the model itself. Back-filled: the share of token-layers that "
         "exits had left out and a later, deeper token needed. Agreement: the share of tokens that "
         "the full model would have chosen after the same text."
     )
-    text = page("Generation with exits: speed", command + part, about, rows)
-    (args.output / "speed.md").write_text(text)
+    text = page("Generation with exits: speed", command, about, rows)
+    (args.output / f"{args.part}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  spade-eval sweep --tasks arc_easy,boolq --limit 100 --output results/smollm2
+  spade-eval sweep --tasks arc_easy,boolq --limit 100 --output sweeps/smollm2
   spade-eval sweep --tasks arc_easy --decoders spade,logit_lens --layers 10,16,22 \\
-      --thresholds none --output results/few
+      --thresholds none --output sweeps/few
   spade-eval sweep --tasks arc_easy,boolq,headqa_en --model_args pretrained=gpt2 \\
-      --lens arc=lenses/arc,boolq=lenses/boolq --output results/gpt2
+      --lens arc=lenses/arc,boolq=lenses/boolq --output sweeps/gpt2
   accelerate launch -m spade_eval sweep ...
 """
 
