@@ -416,6 +416,21 @@ def test_early_stopping_brings_the_best_adapter_back(
         assert torch.equal(tensor, seen[1][name])
 
 
+def test_checkpoints_ask_nobody(
+    saved: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = fresh(saved)
+    lm.model.name_or_path = "someone/model"  # of the Hub, where a folder would be looked into
+    asked: list[str] = []
+    where = "peft.utils.save_and_load.check_file_exists_on_hf_hub"
+    monkeypatch.setattr(where, lambda name, *_: asked.append(name))
+    told = finetune(lm, settings(tmp_path / "out", max_steps=2), include_path=tasks, command="")
+    assert told.steps == 2
+    assert asked == []
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(saved)
+
+
 def test_time_ends_the_training_with_an_adapter(saved: Path, tasks: Path, tmp_path: Path) -> None:
     told = run(saved, tasks, tmp_path / "out", minutes=1e-6)
     assert told.steps == 2

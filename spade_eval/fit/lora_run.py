@@ -109,6 +109,8 @@ def _finetune(
         target_modules="all-linear",
     )
     model = peft.get_peft_model(lm.model, config)  # puts it into the layers that `lm` scores with
+    # By the name PEFT would ask the Hub at every checkpoint; what is saved in the end has it.
+    model.peft_config["default"].base_model_name_or_path = ""
 
     def validate() -> dict[str, Accuracy]:
         model.eval()
