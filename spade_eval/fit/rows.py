@@ -53,6 +53,11 @@ def rows_of(name: str, task: Any, split: str) -> Sequence[Any]:
     return found
 
 
+def source_of(task: Any, split: str) -> str | None:
+    """The name that a task's data set gives a split of ours: two splits may be the same rows."""
+    return getattr(task.config, f"{SPLITS[split]}_split")
+
+
 def data_of(task: Any) -> str:
     """Names the data set of a task; empty where its own code makes the rows."""
     config = task.config

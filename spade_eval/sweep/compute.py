@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.evaluator import evaluate
 
 from spade_eval.errors import UserError
-from spade_eval.fit.rows import SPLITS, rows_of
+from spade_eval.fit.rows import SPLITS, rows_of, source_of
 from spade_eval.splits import Split
 from spade_eval.sweep.store import Store
 
@@ -73,9 +73,9 @@ def _draw_no_document_for_itself(task: Any, split: str) -> bool:
     config, examples = task.config, task.fewshot_cfg
     source = examples.split
     if source is None and not examples.samples:
-        kinds = [kind for kind in SPLITS.values() if getattr(task, f"has_{kind}_docs")()]
-        source = getattr(config, f"{kinds[0]}_split")  # lm-eval's own rule
-    shared = source == getattr(config, f"{SPLITS[Split.parse(split).name]}_split")
+        has = [s for s, theirs in SPLITS.items() if getattr(task, f"has_{theirs}_docs")()]
+        source = source_of(task, has[0])  # lm-eval's own rule
+    shared = source == source_of(task, Split.parse(split).name)
     if shared:
         examples.split = config.test_split = source
     return shared

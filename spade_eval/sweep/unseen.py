@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spade_eval import adapters
 from spade_eval.errors import UserError
 from spade_eval.fit.documents import load_tasks
-from spade_eval.fit.rows import SPLITS, data_of
+from spade_eval.fit.rows import data_of, source_of
 from spade_eval.splits import Split
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Documents:
 
 def rows(task: Any, split: Split) -> Split:
     """A split under the name that the task's data set gives it: several may be the same rows."""
-    return replace(split, name=getattr(task.config, f"{SPLITS[split.name]}_split") or "")
+    return replace(split, name=source_of(task, split.name) or "")
 
 
 def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_path: Any) -> None:
