@@ -108,10 +108,10 @@ class Calibration:
     @property
     def holds_for(self) -> str:
         """What a model cannot check: lm_eval's arguments about prompts, and how many documents."""
-        shots = "" if self.num_fewshot is None else f" {self.num_fewshot}"
-        given = {f"--num_fewshot{shots}": shots, "--apply_chat_template": self.apply_chat_template}
-        has = {True: "with", False: "without"}
-        runs = "runs " + ", ".join(f"{has[bool(value)]} {name}" for name, value in given.items())
+        shots = self.num_fewshot
+        few = "without --num_fewshot" if shots is None else f"with --num_fewshot {shots}"
+        chat = "with" if self.apply_chat_template else "without"
+        runs = f"runs {few}, {chat} --apply_chat_template"
         if len(self.documents_by_task) < 2:
             return runs
         parts = ", ".join(f"{task}: {n}" for task, n in self.documents_by_task.items())
