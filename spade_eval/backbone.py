@@ -28,6 +28,7 @@ from spade_eval.hollow import (
     Lane,
     Probe,
     find_layers,
+    head_places,
     hollow,
     narrow_head,
     probes,
@@ -82,6 +83,7 @@ class Backbone:
             )
         self.decoder = model.get_decoder()
         self._owner, self._attribute, self._layers = find_layers(model, self.name)
+        self._head_places = head_places(model)
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache_name = next((n for n in ("cache", "past_key_values") if n in parameters), None)
@@ -171,7 +173,7 @@ class Backbone:
             Logits (P, V), or (P, C), in the model's dtype.
         """
         if tokens is not None:
-            with narrow_head(self.model, tokens) as narrowed:
+            with narrow_head(self.model, self._head_places, tokens) as narrowed:
                 logits = self.logits(h)
             return logits if narrowed else logits[:, tokens.to(logits.device)]
         ids = torch.zeros(len(h), 1, dtype=torch.long, device=self.device)

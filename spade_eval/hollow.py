@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spade_eval.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -116,22 +116,37 @@ def hollow(
             probe.output = probe.states = probe.call = None
 
 
+def head_places(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """Every module that holds the head, with the attribute's name."""
+    head = model.get_output_embeddings()
+    return [
+        (owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if child is head
+    ]
+
+
 @contextmanager
-def narrow_head(model: PreTrainedModel, tokens: Tensor) -> Iterator[bool]:
+def narrow_head(
+    model: PreTrainedModel, places: Sequence[tuple[nn.Module, str]], tokens: Tensor
+) -> Iterator[bool]:
     """Put a head of some of the vocabulary's rows in the head's place.
 
     Whatever the model does to logits, it then does to these.
 
     Args:
         model: The model.
+        places: See `head_places`, which walks through all modules.
         tokens: The rows, (C,).
 
     Yields:
         Whether it was possible: the head is a plain linear layer, not quantised, offloaded or
-        adapted.
+        adapted, and in the places where it was.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+    moved = any(getattr(owner, name) is not head for owner, name in places)
+    if type(head) is not nn.Linear or hasattr(head, "_hf_hook") or moved:
         yield False
         return
     some = tokens.to(head.weight.device)
@@ -139,12 +154,6 @@ def narrow_head(model: PreTrainedModel, tokens: Tensor) -> Iterator[bool]:
     narrow.weight = nn.Parameter(head.weight.detach()[some], requires_grad=False)
     if head.bias is not None:
         narrow.bias = nn.Parameter(head.bias.detach()[some], requires_grad=False)
-    places = [
-        (owner, name)
-        for owner in model.modules()
-        for name, child in owner.named_children()
-        if child is head
-    ]
     for owner, name in places:
         setattr(owner, name, narrow)
     try:

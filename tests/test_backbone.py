@@ -3,13 +3,17 @@ decoded."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from zoo import FAMILIES, REFUSED, random_ids, tiny
+from zoo import FAMILIES, REFUSED, VOCAB, random_ids, tiny
 
+from spade_eval import checks
 from spade_eval.backbone import Backbone
 from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.hollow import find_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -26,6 +30,32 @@ def test_layer_by_layer_is_the_model_bit_for_bit(family: str) -> None:
         assert torch.equal(a, b), f"layer {layer}"
     logits = backbone.logits(ours[-1].flatten(0, 1)).view_as(theirs.logits)
     torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["as it is", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operations_are_two_per_weight_whatever_computes_attention(
+    family: str, attention: str
+) -> None:
+    model = copy.deepcopy(tiny(family))
+    if attention == "eager":
+        model.set_attn_implementation("eager")
+    expected = 0.0
+    for name, p in find_layers(model, family)[2][0].named_parameters():
+        if p.ndim > 1 and not name.endswith("_bias"):
+            expected += p.numel() / (2 if ".experts." in name else 1)  # two of four experts run
+    assert Backbone(model).operations == pytest.approx(2 * expected)
+    assert checks.head_operations(Backbone(model)) >= 2 * 16 * VOCAB
+
+
+def test_operations_can_be_counted_where_a_gpu_shares_keys_among_heads() -> None:
+    """torch's own count refuses the fused kernels of half precision there."""
+    q, k = (torch.empty(1, heads, 3, 8, dtype=torch.half, device="meta") for heads in (4, 2))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    with checks._products() as counter:
+        attend(q, k, k)
+        q[0, 0] @ q[0, 0].T
+    assert counter.get_total_flops() == 2 * 3 * 8 * 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

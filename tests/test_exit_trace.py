@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import random
@@ -19,7 +20,7 @@ from spade_eval.backbone import Backbone
 from spade_eval.batching import collate, cut
 from spade_eval.decoders import Decoder, Linear, Spade
 from spade_eval.exits import ExitRule
-from spade_eval.hollow import narrow_head
+from spade_eval.hollow import head_places, narrow_head
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lm.windows import window
@@ -484,12 +485,22 @@ def test_some_columns_of_the_logits(family: str) -> None:
     assert one.model.get_output_embeddings() is head
 
 
+@torch.no_grad()
+def test_a_head_that_was_replaced_is_computed_whole() -> None:
+    model = copy.deepcopy(backbone("llama").model)
+    one = Backbone(model)
+    model.set_output_embeddings(torch.nn.Linear(one.width, one.vocab_size, bias=False))
+    h = torch.randn(5, one.width, generator=torch.Generator().manual_seed(0))
+    columns = torch.tensor([96, 3, 50])
+    torch.testing.assert_close(one.logits(h, columns), one.logits(h)[:, columns])
+
+
 def test_the_head_comes_back_whatever_happens() -> None:
     model = backbone("llama").model
     head, states = model.get_output_embeddings(), dict(model.state_dict())
 
     def fail() -> None:
-        with narrow_head(model, torch.tensor([3, 4])):
+        with narrow_head(model, head_places(model), torch.tensor([3, 4])):
             assert model.get_output_embeddings().out_features == 2
             raise KeyboardInterrupt
 

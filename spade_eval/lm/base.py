@@ -93,7 +93,7 @@ class SpadeLM(LoadedLM):
             if not request.args[1]:
                 raise UserError(f"{place(request)}: empty continuation, an answer without text.")
         try:
-            with self._accounting(requests):
+            with self._accounting(requests), self._encoding_ahead(r.args for r in requests):
                 return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         except scoring.BadRequestError as err:
             raise UserError(f"{place(requests[err.index])}: {err}") from err

@@ -6,9 +6,10 @@ Nearly all of it is HFLM's: weights, tokenizer, chat template, devices, ranks, P
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -17,6 +18,10 @@ from spade_eval.backbone import Backbone
 from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lm import arguments
+from spade_eval.lm.ahead import Ahead, texts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 
 class LoadedLM(HFLM):
@@ -61,6 +66,7 @@ class LoadedLM(HFLM):
             )
         self.backbone = Backbone(self.model)
         self._encode = lru_cache(maxsize=8)(super().tok_encode)
+        self._ahead: Ahead | None = None
 
     def _check_config(self, n_layers: int) -> None:
         """Check own arguments against a model of `n_layers`, before its weights are loaded."""
@@ -103,7 +109,20 @@ class LoadedLM(HFLM):
         """As in HFLM, but not again for every choice of a context: the last few are remembered."""
         if args or kwargs:
             return super().tok_encode(string, add_special_tokens, *args, **kwargs)
+        if self._ahead is not None and add_special_tokens is None:
+            return list(self._ahead.get(string))
         return list(self._encode(string, add_special_tokens))
+
+    @contextmanager
+    def _encoding_ahead(self, pairs: Iterable[tuple[str, str]]) -> Iterator[None]:
+        """Encode these contexts and continuations in blocks, if the tokenizer gains from it."""
+        if getattr(self.tokenizer, "is_fast", False):
+            bos = self.tokenizer.decode(self.prefix_token_id)
+            self._ahead = Ahead(texts_of(pairs), self.tokenizer, super().tok_encode, bos)
+        try:
+            yield
+        finally:
+            self._ahead = None
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
