@@ -34,7 +34,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(cls: type, folder: Path, **kwargs: Any) -> list:
-    settings = {"device": "cpu", "batch_size": 4, "max_length": MAX_LENGTH} | kwargs
+    # HFLM sends its tokens to `device`, and `parallelize` the model to a GPU if there is one.
+    gpu = "parallelize" in kwargs and torch.cuda.is_available()
+    settings = {"device": "cuda" if gpu else "cpu", "batch_size": 4, "max_length": MAX_LENGTH}
+    settings |= kwargs
     return cls(pretrained=str(folder), **settings).loglikelihood(instances(task_pairs()))
 
 

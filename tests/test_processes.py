@@ -39,6 +39,7 @@ LIMIT = 5  # an odd number: lm-eval asks the second process for a sixth document
 
 def _work(rank: int, count: int, port: int, root: str) -> None:
     """Everything that processes share, in one of them."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate meets on GPUs if there are any
     accelerator = None
     if count > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
