@@ -68,6 +68,7 @@ def check_values(given: dict[str, Any]) -> None:
         UserError: Names the argument, what was given and what is valid.
     """
     _check_batch_size(given.get("batch_size", 1))
+    _check_device(given.get("device"))
     for name in ("max_batch_size", "max_length"):
         value = given.get(name)
         if value is not None and not (isinstance(value, int) and value >= 1):
@@ -92,6 +93,26 @@ def _check_batch_size(value: Any) -> None:
     number = str(value).removeprefix("auto:") if str(value) != "auto" else "1"
     if not (number.isdecimal() and int(number) >= 1):
         raise UserError(f"batch_size={value!r}: give a number from 1 up, 'auto' or 'auto:N'.")
+
+
+def _check_device(value: Any) -> None:
+    """Accept what torch sees here; HFLM takes the CPU for a name that it does not know."""
+    if value is None:
+        return
+    try:
+        kind = torch.device(value).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    here = ["cpu"]
+    if torch.cuda.is_available():
+        here += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        here += ["mps", "mps:0"]
+    if kind in ("", "cpu", "cuda", "mps") and str(value) not in here:
+        raise UserError(
+            f"device={value!r} is not here: torch {torch.__version__} sees {', '.join(here)}. "
+            "Without device= the first GPU is taken, or the CPU if there is none."
+        )
 
 
 def layer(value: Any, n_layers: int | None = None) -> int:
