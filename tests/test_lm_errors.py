@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.model import CachingLM
 from sqlitedict import SqliteDict
 from test_lm import build, close, dies_at, instances, model
 from zoo import byte_tokenizer, tiny
 
+from spade_eval import scoring
 from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.lm import generation
 from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
+from spade_eval.lm.memory import largest_batch_size
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from spade_eval.batching import Batch
 
 
 @pytest.mark.parametrize(
@@ -120,6 +126,56 @@ def test_empty_continuation_is_named() -> None:
     with pytest.raises(UserError, match="task task, document 1: the continuation has 70 tokens"):
         lm.loglikelihood(instances([("a", "x"), ("b", "y" * 70)]))
     assert lm.account.total.requests == 0
+
+
+@pytest.mark.parametrize("batch_size", [4, "auto"])
+def test_a_batch_that_does_not_fit_is_told(batch_size: int | str) -> None:
+    lm = build(SpadeLayerLM, layer=2, batch_size=batch_size)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
+
+    lm._score = full
+    message = (
+        rf"batch_size={batch_size} is too large for the memory of cpu: CUDA out of memory\. Give"
+    )
+    with pytest.raises(UserError, match=message):
+        lm.loglikelihood(instances([("a", "b")]))
+
+
+def test_texts_that_do_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
+
+    monkeypatch.setattr(generation, "_run", full)
+    asked = instances([("a", {"until": ["b"], "max_gen_toks": 4})], "generate_until")  # type: ignore[list-item]
+    with pytest.raises(UserError, match=r"batch_size=4 is too large for the memory of cpu: CUDA"):
+        build(SpadeLayerLM, layer=2).generate_until(asked)
+
+
+@pytest.mark.parametrize("fits", [1, 3, 40])
+def test_the_largest_batch_size_that_fits(fits: int) -> None:
+    """The largest batch is tried, not the first."""
+    rows = scoring.plan([scoring.Request((3,) * (n + 1), (4,)) for n in range(30)], scoring.Layout(64)).rows  # fmt: skip
+    longest = max(len(row) for row in rows)
+
+    def run(batch: Batch) -> None:
+        assert batch.ids.shape[1] == longest
+        if batch.ids.shape[0] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    found = largest_batch_size(rows, 32, run)
+    assert found == {1: 1, 3: 3, 40: 32}[fits]
+
+
+def test_another_error_while_the_batch_size_is_sought_is_its_own() -> None:
+    rows = scoring.plan([scoring.Request((3,), (4,))], scoring.Layout(64)).rows
+
+    def run(_: Batch) -> None:
+        raise RuntimeError("expected scalar type Float")
+
+    with pytest.raises(RuntimeError, match="scalar type"):
+        largest_batch_size(rows, 32, run)
 
 
 def test_an_error_does_not_lose_the_account() -> None:

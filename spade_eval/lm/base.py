@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from tqdm import tqdm
 
 from spade_eval import __version__, checks, scoring
-from spade_eval.batching import Batch, collate, cut, footprint
+from spade_eval.batching import Batch, collate, cut
 from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.generation import check
 from spade_eval.lm import generation
 from spade_eval.lm.cache import Partial, fingerprint, guard
 from spade_eval.lm.loading import LoadedLM
+from spade_eval.lm.memory import fitting, largest_batch_size
 from spade_eval.lm.pages import token_windows
 from spade_eval.lm.requests import place, source_of
 from spade_eval.lm.windows import may_pack, window
@@ -215,18 +215,9 @@ class SpadeLM(LoadedLM):
         if self.device.type == "cpu":  # no allocator there that fails before the machine does
             return int(self.max_batch_size)
 
-        def attempt(batch_size: int) -> int:
-            largest = max(cut(rows, batch_size), key=footprint)
-            self._run([collate(largest)], Account())
-            return batch_size
-
-        # Shrinks the size whenever memory runs out.
-        try:
-            size = int(find_executable_batch_size(attempt, self.max_batch_size)())
-        except RuntimeError as err:
-            if "No executable batch size" not in str(err):
-                raise
-            size = 1
+        size = largest_batch_size(
+            rows, int(self.max_batch_size), lambda batch: self._run([batch], Account())
+        )
         log.info("batch_size=auto: %d", size)
         return size
 
@@ -236,10 +227,14 @@ class SpadeLM(LoadedLM):
         for batch in batches:
             held.append(batch)
             if sum(b.ids.size for b in held) >= self.most_tokens_at_once:
-                yield from zip(held, self._run(held, self.account), strict=True)
+                yield from zip(held, self._fitting(held), strict=True)
                 held = []
         if held:
-            yield from zip(held, self._run(held, self.account), strict=True)
+            yield from zip(held, self._fitting(held), strict=True)
+
+    def _fitting(self, batches: Sequence[Batch]) -> Sequence[Answers]:
+        with fitting(self.batch_size, self.device):
+            return self._run(batches, self.account)
 
     def _run(self, batches: Sequence[Batch], account: Account) -> Sequence[Answers]:
         autocast = self.mixed_precision_dtype is not None

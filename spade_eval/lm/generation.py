@@ -27,6 +27,7 @@ from transformers import StoppingCriteriaList
 
 from spade_eval.errors import UserError
 from spade_eval.generation import Generated, generate, refuse
+from spade_eval.lm.memory import fitting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -119,7 +120,8 @@ def generate_until(
         settings = Settings.parse(lm, given)
         batch = [_cut(lm, contexts[index], settings.new) for index in indices]
         known = lm.backbone.starts.computed
-        run = _run(lm, batch, settings, policy)
+        with fitting(lm.batch_size, lm.device):
+            run = _run(lm, batch, settings, policy)
         lm.count_generated(run, np.array(indices), lm.backbone.starts.computed - known)
         for index, tokens in zip(indices, run.tokens, strict=True):
             texts[index] = _text(lm, tokens, settings.until)
