@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -104,9 +105,9 @@ def compare(
                 "seconds": round(statistics.median(each[name] for each in rounds), 3),
                 "full depth / it": round(statistics.median(ratios), 3),
                 "token-layers": account.get("implied_speedup", ""),
-                "mean exit layer": account.get("mean_exit_layer", ""),
+                "mean exit layer": account.get("mean_exit_layer") or "",
                 "acc": round(accuracy[name], 4),
-                "peak MB": memory.get(name, ""),
+                "peak MiB": memory.get(name, ""),
                 "rounds": " ".join(f"{ratio:.2f}" for ratio in ratios),
             }
         )
@@ -152,6 +153,7 @@ def main() -> None:
     rows = [row for task in args.tasks.split(",") for row in compare(sides, task, args, manager)]
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     about = {
+        "command": shlex.join(["python", "benchmarks/pairs.py", *sys.argv[1:]]),
         "model": args.model_args + (" (its shape, random weights)" if args.random else ""),
         "batch size": str(args.batch_size),
         "documents": str(args.limit or "all"),

@@ -175,6 +175,7 @@ class Backbone:
         if tokens is not None:
             with narrow_head(self.model, self._head_places, tokens) as narrowed:
                 logits = self.logits(h)
+            narrowed = narrowed and logits.shape[1] == len(tokens)
             return logits if narrowed else logits[:, tokens.to(logits.device)]
         ids = torch.zeros(len(h), 1, dtype=torch.long, device=self.device)
         mask = torch.ones_like(ids)  # without one, some models warn that id 0 may be padding

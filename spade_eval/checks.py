@@ -88,19 +88,19 @@ def _products() -> FlopCounterMode:
 def operations(backbone: Backbone) -> float:
     """Operations of a layer's matrix products per token; of experts, of those that run.
 
-    Attention that is computed by matrix products grows with the square of the tokens T: of
-    f(T) = a T + b T^2, a is wanted.
+    Attention that is computed by matrix products grows with the square of the tokens T, and some
+    adapters multiply their own weights at each call: of f(T) = a T + b T^2 + c, a is wanted.
     """
     ids = probe_ids(backbone)
     counts = []
-    for row in (ids, torch.cat([ids, ids], 1)):
-        lane = backbone.embed(row)
+    for times in (1, 2, 3):
+        lane = backbone.embed(ids.repeat(1, times))
         with _products() as counter:
             backbone.advance(lane, 1)
         counts.append(counter.get_total_flops())
-    once, twice = counts
+    second, third = counts[1] - counts[0], counts[2] - counts[1]  # a T + 3 b T^2, a T + 5 b T^2
     # Kernels of quantised layers are unknown to the counter: an ordinary layer has 12 d^2 weights.
-    return (4 * once - twice) / (2 * ids.shape[1]) or 24.0 * backbone.width**2
+    return (5 * second - 3 * third) / (2 * ids.shape[1]) or 24.0 * backbone.width**2
 
 
 def head_operations(backbone: Backbone) -> float:

@@ -122,7 +122,7 @@ def head_places(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     return [
         (owner, name)
         for owner in model.modules()
-        for name, child in owner.named_children()
+        for name, child in owner._modules.items()  # named_children() has a module once only
         if child is head
     ]
 
@@ -141,12 +141,12 @@ def narrow_head(
         tokens: The rows, (C,).
 
     Yields:
-        Whether it was possible: the head is a plain linear layer, not quantised, offloaded or
-        adapted, and in the places where it was.
+        Whether it was done: the head is a plain linear layer, not quantised, offloaded or adapted,
+        and in the places where it was. Another place may use it still, so look at the width.
     """
     head = model.get_output_embeddings()
-    moved = any(getattr(owner, name) is not head for owner, name in places)
-    if type(head) is not nn.Linear or hasattr(head, "_hf_hook") or moved:
+    there = [getattr(owner, name, None) is head for owner, name in places]
+    if type(head) is not nn.Linear or hasattr(head, "_hf_hook") or not (there and all(there)):
         yield False
         return
     some = tokens.to(head.weight.device)

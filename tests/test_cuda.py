@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +259,9 @@ def test_training_a_map_repeats_itself(tmp_path: Path) -> None:
     for name in ("a", "b"):
         given = FitSettings("l_spade", tmp_path / name, text=path, max_positions=150, epochs=2)
         fit(build(SpadeLM, GPU), given, command="spade-eval fit")
+    for name in ("a", "b"):
+        bill = json.loads((tmp_path / name / "config.json").read_text())["bill"]
+        assert 0 < bill["peak_gpu_memory_mb"] < bill["peak_memory_mb"]
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
 

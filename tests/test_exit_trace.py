@@ -486,10 +486,22 @@ def test_some_columns_of_the_logits(family: str) -> None:
 
 
 @torch.no_grad()
-def test_a_head_that_was_replaced_is_computed_whole() -> None:
+@pytest.mark.parametrize("case", ["replaced", "wrapped before", "renamed", "with a second name"])
+def test_columns_are_right_wherever_the_head_is_put_later(case: str) -> None:
     model = copy.deepcopy(backbone("llama").model)
+    head = model.lm_head
+    model.get_output_embeddings = lambda: head  # as of a model with a head in a place of its own
+    if case == "wrapped before":
+        model.lm_head = torch.nn.Sequential(head)
+    elif case == "with a second name":
+        model._modules = {"alias": head, **model._modules}
     one = Backbone(model)
-    model.set_output_embeddings(torch.nn.Linear(one.width, one.vocab_size, bias=False))
+    if case == "replaced":
+        head = model.lm_head = torch.nn.Linear(one.width, one.vocab_size, bias=False)
+    elif case == "wrapped before":
+        model.lm_head = head
+    elif case == "renamed":
+        model.lm_head = torch.nn.Sequential(head)
     h = torch.randn(5, one.width, generator=torch.Generator().manual_seed(0))
     columns = torch.tensor([96, 3, 50])
     torch.testing.assert_close(one.logits(h, columns), one.logits(h)[:, columns])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from test_lm import build, instances, task_pairs
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 from zoo import byte_tokenizer
 
 from spade_eval.lm import ahead
-from spade_eval.lm.ahead import Ahead, texts_of
+from spade_eval.lm.ahead import Ahead, encodes_alike, texts_of
 from spade_eval.lm.layer import SpadeLayerLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @functools.cache
@@ -99,7 +97,80 @@ def test_requests_get_the_tokens_of_hflm(
         assert found == (context, continuation), pair
 
 
-def test_what_is_encoded_is_what_lm_eval_asks_for() -> None:
-    assert [*texts_of([("a b", " c"), ("a \n", "b"), ("", "x")])] == [
-        "a b", "a b c", "a", "a \nb", "", "x",
-    ]  # fmt: skip
+def test_what_is_encoded_is_what_lm_eval_asks_for_and_when() -> None:
+    pairs = [("a b", " c"), ("a \n", "b"), ("", "x"), ("  ", "y")]
+    lm, asked = build(HFLM), []
+    encode = lm.tok_encode
+    lm.tok_encode = lambda text, **special: asked.append((text, special)) or encode(text, **special)
+    lm.loglikelihood(instances([*pairs[:3], ("z", "y")]))
+    assert [text for text, special in asked if not special] == [*texts_of([*pairs[:3], ("z", "y")])]
+    assert [*texts_of(pairs)] == ["a b c", "a b", "a \nb", "a", "  y", ""]
+
+
+class Counted:
+    """A tokenizer that counts its calls and the texts in them."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.sizes = inner, []
+
+    def __call__(self, texts: list[str], **special: bool) -> Any:
+        self.sizes.append(len(texts))
+        return self.inner(texts, **special)
+
+
+def test_blocks_are_bounded_in_texts_and_in_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "BLOCK", 5)
+    monkeypatch.setattr(ahead, "CHARACTERS", 40)
+    own = byte_tokenizer()
+    short, long = [f"s{i}" for i in range(12)], [f"{i}" * 25 for i in range(4)]
+    counted = Counted(own)
+    found = Ahead([*short, *long], counted, own.encode, "<bos>")
+    assert [found.get(text) for text in [*short, *long]] == [own.encode(t) for t in [*short, *long]]
+    # Before each block one text shows how special tokens are treated.
+    assert [size for size in counted.sizes if size > 1] == [5, 5, 4, 2]
+
+
+def test_other_texts_leave_the_blocks_where_they_are() -> None:
+    own = byte_tokenizer()
+    counted = Counted(own)
+    texts = [f"t{i}" for i in range(9)]
+    found = Ahead(texts, counted, own.encode, "<bos>")
+    for text in texts:
+        assert found.get("other" + text) == own.encode("other" + text)
+        assert found.get(text) == own.encode(text)
+    assert counted.sizes == [1, 9]
+
+
+def test_special_tokens_of_an_unknown_kind_are_added_one_by_one() -> None:
+    own = byte_tokenizer()
+    found = Ahead(["a", "b"], own, lambda text: [7, *own.encode(text)], "<bos>")
+    assert [found.get("a"), found.get("b")] == [[7, *own.encode("a")], [7, *own.encode("b")]]
+
+
+class Infills(PreTrainedTokenizerFast):
+    """Treats a text that it is given alone in its own way, as CodeLlama's tokenizer does."""
+
+    def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(text, str):
+            text = text.replace("?", "<eos>")
+        return super()._encode_plus(text, *args, **kwargs)
+
+
+def test_a_tokenizer_with_a_way_of_its_own_encodes_each_text_alone() -> None:
+    assert encodes_alike(byte_tokenizer())
+    own = Infills(tokenizer_object=byte_tokenizer()._tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")  # fmt: skip
+    assert not encodes_alike(own)
+    lm = build(SpadeLayerLM, layer=2, tokenizer=own)
+    asked = instances([("why", "a"), ("why?", "b")])
+    alone = [lm._encode_pair(*request.args) for request in asked]
+    assert own.eos_token_id in alone[1][0]
+    with lm._encoding_ahead(request.args for request in asked):
+        assert [lm._encode_pair(*request.args) for request in asked] == alone
+
+
+def test_blocks_end_with_the_call_whatever_happens() -> None:
+    lm = build(SpadeLayerLM, layer=2)
+    with pytest.raises(KeyboardInterrupt), lm._encoding_ahead([("a", "b")]):
+        assert lm._ahead is not None
+        raise KeyboardInterrupt
+    assert lm._ahead is None

@@ -161,5 +161,6 @@ def table(lens: LinearLens) -> str:
         f"Held-out positions; CE, KL and entropy in nats. Training: {config.documents} documents, "
         f"{config.n_positions} positions, {config.tokens} model tokens; "
         f"{bill['seconds_states']:.0f} s for states, {bill['seconds_training']:.0f} s for maps, "
-        f"peak memory {bill['peak_memory_mb']} MB."
+        f"peak memory {bill['peak_memory_mb']} MB"
+        + (f", {gpu} MB on the GPU." if (gpu := bill.get("peak_gpu_memory_mb")) else ".")
     )

@@ -24,7 +24,7 @@ from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.fit import documents, examples, lora, questions, states, work
 from spade_eval.fit.lora_settings import check_output
-from spade_eval.fit.memory import peak_memory_mb
+from spade_eval.fit.memory import peak_memory
 from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.questions import Accuracy
 from spade_eval.lm.cache import weights_digest
@@ -150,7 +150,7 @@ def _finetune(
             "processes": processes.num_processes,
             "resumed": resume,  # the seconds are then those of the last process
             "seconds_training": round(seconds, 1),
-            "peak_memory_mb": peak_memory_mb(),
+            **peak_memory(),
         },
         command=command,
         versions={

@@ -24,7 +24,15 @@ def keep_freed_blocks() -> None:
         mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
-def peak_memory_mb() -> int:
-    """Of this process; on a GPU machine without the GPU's own."""
+def peak_memory() -> dict[str, int]:
+    """`peak_memory_mb` of this process and, if it used any, `peak_gpu_memory_mb` of one GPU."""
+    import torch  # takes seconds to load, and commands import this module first
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+    found = {
+        "peak_memory_mb": int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+    }
+    if torch.cuda.is_initialized():
+        gpus = range(torch.cuda.device_count())
+        found["peak_gpu_memory_mb"] = max(map(torch.cuda.max_memory_allocated, gpus)) // 2**20
+    return found

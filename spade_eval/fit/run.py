@@ -22,7 +22,7 @@ from spade_eval.fingerprint import adapter_fingerprint, fingerprint
 from spade_eval.fit import documents, states, work
 from spade_eval.fit.descent import Descent, Recipe
 from spade_eval.fit.maps import Pairs, measure
-from spade_eval.fit.memory import peak_memory_mb
+from spade_eval.fit.memory import peak_memory
 from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.progress import Progress
 from spade_eval.fit.settings import check_output, layer_list
@@ -146,7 +146,7 @@ def _fit(
             "resumed": resume,  # the states' seconds are then those of the last process
             "seconds_states": round(seconds, 3),
             "seconds_training": round(sum(part.seconds for part in parts.values()), 3),
-            "peak_memory_mb": peak_memory_mb(),
+            **peak_memory(),
         },
         command=command,
         package_version=__version__,

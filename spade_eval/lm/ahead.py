@@ -1,41 +1,57 @@
 """Texts become token ids in blocks, ahead of their use.
 
-A fast tokenizer encodes the texts of a block on all cores, and the overhead of a call falls on the
-block: one text after another, short questions take a GPU longer to tokenise than to score.
+A fast tokenizer encodes the texts of a block on all cores, and the cost of a call is the block's.
+One text after another, tokenising short questions takes longer than a GPU takes to score them.
 """
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-BLOCK = 512  # texts; two blocks are kept
+BLOCK = 512  # texts at once, at most; the last two blocks are kept
+CHARACTERS = 2**20  # of a block, at most, give or take one text: a token takes a few dozen bytes
 SPECIAL: tuple[dict[str, bool], ...] = (
     {},
     {"add_special_tokens": True},
     {"add_special_tokens": False},
 )
+ENCODERS = ("__call__", "encode", "_encode_plus")
+
+
+def encodes_alike(tokenizer: Any) -> bool:
+    """Whether a tokenizer is a fast one that encodes many texts as it does each alone.
+
+    One that has a way of its own may treat a single text otherwise, as CodeLlama's does.
+    """
+    plain = PreTrainedTokenizerFast
+    return bool(getattr(tokenizer, "is_fast", False)) and all(
+        getattr(type(tokenizer), name, None) is getattr(plain, name) for name in ENCODERS
+    )
 
 
 def texts_of(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """What lm-eval encodes of (context, continuation): the context and both together.
+    """What lm-eval encodes of (context, continuation), in its order: both together, the context.
 
-    It moves a context's trailing blanks to the continuation.
+    It moves a context's trailing blanks to the continuation. A continuation of no context it
+    encodes without special tokens; that is left to it.
     """
     for context, continuation in pairs:
-        yield context.rstrip()
-        yield context + continuation
+        if context:
+            yield context + continuation
+            yield context.rstrip()
 
 
 class Ahead:
-    """Token ids of texts that will be asked for in about this order.
+    """Token ids of texts that are asked for in this order; others are encoded alone.
 
     Args:
         texts: All of them.
-        tokenizer: A tokenizer of `transformers`.
+        tokenizer: Of `transformers`; see `encodes_alike`.
         one: What encodes one text. How it treats special tokens is its own business: it shows it on
             the first text of a block that begins with `bos`, and on the first that does not.
         bos: The text of the token that begins sequences.
@@ -45,6 +61,7 @@ class Ahead:
         self, texts: Iterable[str], tokenizer: Any, one: Callable[[str], list[int]], bos: str
     ):
         self._texts = iter(texts)
+        self._next = next(self._texts, None)
         self._tokenizer = tokenizer
         self._one = one
         self._bos = bos
@@ -53,12 +70,23 @@ class Ahead:
 
     def get(self, text: str) -> list[int]:
         """The token ids of a text."""
-        while text not in self._known and text not in self._last:
-            block = list(dict.fromkeys(islice(self._texts, BLOCK)))
-            if not block:
-                return self._one(text)
-            self._last, self._known = self._known, self._encode(block)
-        return self._known[text] if text in self._known else self._last[text]
+        for block in (self._known, self._last):
+            if text in block:
+                return block[text]
+        if text != self._next:
+            return self._one(text)
+        self._last, self._known = self._known, self._encode(self._block())
+        return self._known[text]
+
+    def _block(self) -> list[str]:
+        """The next texts, each once."""
+        block: dict[str, None] = {}
+        characters = 0
+        while self._next is not None and len(block) < BLOCK and characters < CHARACTERS:
+            block[self._next] = None
+            characters += len(self._next)
+            self._next = next(self._texts, None)
+        return list(block)
 
     def _encode(self, block: list[str]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}

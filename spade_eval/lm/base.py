@@ -126,6 +126,7 @@ class SpadeLM(LoadedLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        self._ahead = None  # all texts are tokens now
         plan = scoring.plan(
             [scoring.Request(tuple(context), tuple(cont)) for _, context, cont in requests],
             self.layout,

@@ -18,7 +18,7 @@ from spade_eval.backbone import Backbone
 from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lm import arguments
-from spade_eval.lm.ahead import Ahead, texts_of
+from spade_eval.lm.ahead import Ahead, encodes_alike, texts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -106,7 +106,10 @@ class LoadedLM(HFLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any
     ) -> list[int]:
-        """As in HFLM, but not again for every choice of a context: the last few are remembered."""
+        """As in HFLM, but in blocks where texts are known ahead; elsewhere the last few are kept.
+
+        A context is asked for with each of its choices.
+        """
         if args or kwargs:
             return super().tok_encode(string, add_special_tokens, *args, **kwargs)
         if self._ahead is not None and add_special_tokens is None:
@@ -116,7 +119,7 @@ class LoadedLM(HFLM):
     @contextmanager
     def _encoding_ahead(self, pairs: Iterable[tuple[str, str]]) -> Iterator[None]:
         """Encode these contexts and continuations in blocks, if the tokenizer gains from it."""
-        if getattr(self.tokenizer, "is_fast", False):
+        if encodes_alike(self.tokenizer):
             bos = self.tokenizer.decode(self.prefix_token_id)
             self._ahead = Ahead(texts_of(pairs), self.tokenizer, super().tok_encode, bos)
         try:

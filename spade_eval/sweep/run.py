@@ -16,7 +16,7 @@ from spade_eval import __version__
 from spade_eval.cost import Account
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
-from spade_eval.fit.memory import peak_memory_mb
+from spade_eval.fit.memory import peak_memory
 from spade_eval.lm.cache import fingerprint
 from spade_eval.sweep import contexts, table
 from spade_eval.sweep.compute import compute, configure, quiet
@@ -124,7 +124,7 @@ def _sweep(
         "seed": settings.seed,
         "resumed": resume,  # the seconds are then those of the last process; the tasks' are whole
         "seconds": round(time.perf_counter() - begin, 1),
-        "peak_memory_mb": peak_memory_mb(),
+        **peak_memory(),
         "versions": _versions(),
         "settings": settings.describe(),
         "sweep": lm._settings(),
