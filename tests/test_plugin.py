@@ -312,20 +312,18 @@ def test_start_up_loads_two_small_modules_only(installed: Environment, bare: Env
     assert extra == {"spade_eval", "spade_eval.plugin"}
 
 
-def test_start_up_costs_at_most_a_millisecond(installed: Environment, bare: Environment) -> None:
-    resource = pytest.importorskip("resource")
-
-    def seconds(environment: Environment) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([environment.python, "-c", "pass"], check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-
-    # Interleaved, and the fastest start of each, in seconds of the processor: other load on the
-    # machine only ever adds time.
-    for _ in range(5):
-        pairs = [(seconds(installed), seconds(bare)) for _ in range(40)]
-        with_hook, without = (min(column) for column in zip(*pairs, strict=True))
-        if with_hook - without <= 0.001:
+def test_start_up_costs_at_most_a_millisecond(installed: Environment) -> None:
+    """The hook alone: of two whole starts the difference is lost in their scatter."""
+    line = (installed.site / "spade_eval.pth").read_text().strip()
+    code = (
+        f"import os, sys, time; sys.path.append({str(installed.site)!r}); begin = time.perf_counter(); "
+        f"exec({line!r}); print('spade_eval.plugin' in sys.modules, time.perf_counter() - begin)"
+    )
+    fastest = 1.0  # other load on the machine only ever adds time
+    for _ in range(200):
+        loaded, seconds = installed.run("-S", "-c", code).stdout.split()
+        assert loaded == "True"
+        fastest = min(fastest, float(seconds))
+        if fastest <= 0.001:
             return
-    pytest.fail(f"{1000 * (with_hook - without):.2f} ms more per start of Python")
+    pytest.fail(f"{1000 * fastest:.2f} ms per start of Python")
