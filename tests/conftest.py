@@ -52,7 +52,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def little_garbage() -> Iterator[None]:
-    """statsmodels collects garbage at every correction, which takes longer than a small test."""
+    """statsmodels and accelerate collect garbage again and again, longer than a small test takes."""
     gc.freeze()
     yield
     gc.unfreeze()

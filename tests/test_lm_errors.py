@@ -153,6 +153,7 @@ def test_texts_that_do_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None
         build(SpadeLayerLM, layer=2).generate_until(asked)
 
 
+@pytest.mark.usefixtures("little_garbage")  # accelerate collects it after each that does not
 @pytest.mark.parametrize("fits", [1, 3, 40])
 def test_the_largest_batch_size_that_fits(fits: int) -> None:
     """The largest batch is tried, not the first."""
