@@ -17,7 +17,7 @@ def lm_eval(folder: Path, model_args: str, *more: str, launcher: tuple[str, ...]
     """Run the command in `folder`; returns what it printed."""
     command = [
         *(launcher or (str(Path(sys.executable).parent / "lm_eval"),)),
-        *("--model", "spade_layer", "--model_args", model_args, "--device", "cpu"),
+        *("--model", "spade_layer", "--model_args", model_args),
         *("--include_path", str(ROOT / "tasks"), "--tasks", "spade_mini_yesno", "--limit", "3"),
         *("--output_path", str(folder / "out"), *more),
     ]

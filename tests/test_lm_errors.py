@@ -8,6 +8,7 @@ import pytest
 import torch
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.model import CachingLM
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from sqlitedict import SqliteDict
 from test_lm import build, close, dies_at, instances, model
 from zoo import byte_tokenizer, tiny
@@ -58,6 +59,13 @@ if TYPE_CHECKING:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(SpadeLayerLM, **arguments)
+
+
+def test_the_device_of_lm_evals_command_line_is_not_asked_for() -> None:
+    """It says cuda:0 where nobody says anything, GPU or not."""
+    assert EvaluatorConfig().device == "cuda:0"
+    build(SpadeLayerLM, layer=1, device="cuda:0")
+    build(SpadeLayerLM, layer=1, device=None)
 
 
 def test_arguments_are_checked_before_weights_are_loaded(tmp_path: Path) -> None:

@@ -96,8 +96,11 @@ def _check_batch_size(value: Any) -> None:
 
 
 def _check_device(value: Any) -> None:
-    """Accept what torch sees here; HFLM takes the CPU for a name that it does not know."""
-    if value is None:
+    """Accept what torch sees here; HFLM takes the CPU for a name that it does not know.
+
+    cuda:0 passes: lm-eval's command line says so where its user says nothing.
+    """
+    if value in (None, "cuda:0"):
         return
     try:
         kind = torch.device(value).type
