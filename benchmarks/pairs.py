@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exits import page
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -115,15 +116,6 @@ def compare(
     return rows
 
 
-def page(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
-    """The table as a page."""
-    heads = list(rows[0])
-    lines = ["# Exits on the clock", "", *(f"{k}: {v}  " for k, v in about.items()), ""]
-    lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    lines += [f"| {' | '.join(str(row[head]) for head in heads)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(
@@ -151,20 +143,16 @@ def main() -> None:
         sides[setting] = SpadeExitLM(lens=args.lens, **common, **given)
     manager = TaskManager(include_path=str(tasks_path()))
     rows = [row for task in args.tasks.split(",") for row in compare(sides, task, args, manager)]
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-    about = {
-        "command": shlex.join(["python", "benchmarks/pairs.py", *sys.argv[1:]]),
-        "model": args.model_args + (" (its shape, random weights)" if args.random else ""),
-        "batch size": str(args.batch_size),
-        "documents": str(args.limit or "all"),
-        "rounds": str(args.rounds),
-        "device": where,
-        **machine(),
-    }
+    command = shlex.join(["python", "benchmarks/pairs.py", *sys.argv[1:]])
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"about": about, "rows": rows}, indent=1)
+    text = json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1)
     args.output.with_suffix(".json").write_text(text + "\n")
-    args.output.with_suffix(".md").write_text(page(rows, about))
+    about = (
+        "Seconds of the request phase; full depth over each side in the same round, medians of "
+        f"{args.rounds} rounds on {args.device}, after one that is not counted. Weights: "
+        f"{'random' if args.random else 'those of the model'}."
+    )
+    args.output.with_suffix(".md").write_text(page("Exits on the clock", command, about, rows))
 
 
 if __name__ == "__main__":

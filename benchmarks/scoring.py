@@ -191,6 +191,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lm_eval": lm_eval.__version__,

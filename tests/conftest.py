@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from importlib import metadata
@@ -48,6 +49,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model and the tokenizer of `test_lm.build`."""
+    from test_lm import model
+    from zoo import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No index of lm-eval's 14,000 tasks, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    from spade_eval.fit import documents
+
+    few = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(documents, "TaskManager", few)
 
 
 @pytest.fixture

@@ -44,10 +44,11 @@ def test_operations_are_two_per_weight_whatever_computes_attention(
     for name, p in find_layers(model, family)[2][0].named_parameters():
         if p.ndim > 1 and not name.endswith("_bias"):
             expected += p.numel() / (2 if ".experts." in name else 1)  # two of four experts run
-    assert Backbone(model).operations == pytest.approx(2 * expected)
+    backbone = Backbone(model)
+    assert backbone.operations == pytest.approx(2 * expected)
     # Of a hidden width of 32; where it is projected to 16, two projections of 32 x 16 run too.
     head = 16 * VOCAB + 2 * 16 * 32 if family == "opt_projected" else 32 * VOCAB
-    assert checks.head_operations(Backbone(model)) == 2 * head
+    assert checks.head_operations(backbone) == 2 * head
 
 
 def test_what_an_adapter_computes_at_each_call_is_no_operation_of_a_token() -> None:

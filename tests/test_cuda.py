@@ -6,7 +6,6 @@ Left out where there is no GPU.
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import random
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from test_lm import MAX_LENGTH, close, instances, model, task_pairs, text
 from test_sweep import ask, lens
@@ -24,7 +22,6 @@ from zoo import FAMILIES, byte_tokenizer, random_ids, tiny
 
 from spade_eval.backbone import Backbone
 from spade_eval.cli import tasks_path
-from spade_eval.fit import documents
 from spade_eval.fit.documents import load_tasks
 from spade_eval.fit.lora_run import finetune
 from spade_eval.fit.lora_settings import LoraSettings
@@ -41,25 +38,21 @@ from spade_eval.sweep.settings import SweepSettings
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of NVIDIA's here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of NVIDIA's here"),
+    pytest.mark.usefixtures("few_tasks"),
+]
 
 CPU, GPU = "cpu", "cuda"
 EVERY = {"interval": 1, "min_layer": 1}
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No index of lm-eval's 14,000 tasks."""
-    few = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr(documents, "TaskManager", few)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    rng = random.Random(0)
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(text(rng, rng.randint(4, 9)) for _ in range(30)))
+    return path
 
 
 def network(device: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -236,14 +229,11 @@ def test_a_sweep_is_that_of_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["l_spade", "tuned_lens"])
-def test_maps_are_those_of_the_cpu(decoder: Any, tmp_path: Path) -> None:
-    rng = random.Random(0)
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n\n".join(text(rng, rng.randint(4, 9)) for _ in range(30)))
+def test_maps_are_those_of_the_cpu(decoder: Any, corpus: Path, tmp_path: Path) -> None:
     found = []
     for device, name in ((GPU, "ours"), (CPU, "theirs")):
         # Without descent: on a GPU it is in bfloat16, on most CPUs it is not.
-        given = FitSettings(decoder, tmp_path / name, text=path, max_positions=150, epochs=0)
+        given = FitSettings(decoder, tmp_path / name, text=corpus, max_positions=150, epochs=0)
         fit(build(SpadeLM, device), given, command="spade-eval fit")
         found.append(load_file(tmp_path / name / "model.safetensors"))
     ours, theirs = found
@@ -252,12 +242,9 @@ def test_maps_are_those_of_the_cpu(decoder: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(weights, theirs[name], atol=1e-3, rtol=1e-3)
 
 
-def test_training_a_map_repeats_itself(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n\n".join(text(rng, rng.randint(4, 9)) for _ in range(30)))
+def test_training_a_map_repeats_itself(corpus: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        given = FitSettings("l_spade", tmp_path / name, text=path, max_positions=150, epochs=2)
+        given = FitSettings("l_spade", tmp_path / name, text=corpus, max_positions=150, epochs=2)
         fit(build(SpadeLM, GPU), given, command="spade-eval fit")
     for name in ("a", "b"):
         bill = json.loads((tmp_path / name / "config.json").read_text())["bill"]

@@ -53,11 +53,7 @@ def model_with(bos: bool) -> Any:
     return build(LogitLensLM, layer=1, max_length=100, add_bos_token=bos)
 
 
-@pytest.fixture(autouse=True)
-def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval needs seconds to index its 14,000 names."""
-    few = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr(documents, "TaskManager", few)
+pytestmark = pytest.mark.usefixtures("few_tasks")
 
 
 def texts(docs: list[Document]) -> dict[int, tuple[str, str]]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from test_lm import WORDS, build, model
 from zoo import byte_tokenizer
@@ -26,7 +25,7 @@ from zoo import byte_tokenizer
 from spade_eval.cli import main
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
-from spade_eval.fit import documents, states
+from spade_eval.fit import states
 from spade_eval.fit.descent import Descent
 from spade_eval.fit.progress import Progress
 from spade_eval.fit.run import fit
@@ -39,10 +38,8 @@ FAST = {"max_positions": 150, "epochs": 2}
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No index of lm-eval's 14,000 tasks, and its log not tied to this test's standard error."""
-    few = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr(documents, "TaskManager", few)
+def _quick(few_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tasks, and lm-eval's log not tied to this test's standard error."""
     monkeypatch.setattr("lm_eval.utils.setup_logging", lambda: None)
 
 
@@ -58,14 +55,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(4, 9))) for _ in range(30)]
     path.write_text("\n\n".join(dict.fromkeys(lines)))
     return path
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def settings(output: Path, decoder: Any = "l_spade", **more: Any) -> FitSettings:

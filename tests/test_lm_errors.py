@@ -136,14 +136,15 @@ def test_empty_continuation_is_named() -> None:
     assert lm.account.total.requests == 0
 
 
+def out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
+
+
 @pytest.mark.parametrize("batch_size", [4, "auto"])
 def test_a_batch_that_does_not_fit_is_told(batch_size: int | str) -> None:
     lm = build(SpadeLayerLM, layer=2, batch_size=batch_size)
 
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
-
-    lm._score = full
+    lm._score = out_of_memory
     message = (
         rf"batch_size={batch_size} is too large for the memory of cpu: CUDA out of memory\. Give"
     )
@@ -152,10 +153,7 @@ def test_a_batch_that_does_not_fit_is_told(batch_size: int | str) -> None:
 
 
 def test_texts_that_do_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has")
-
-    monkeypatch.setattr(generation, "_run", full)
+    monkeypatch.setattr(generation, "_run", out_of_memory)
     asked = instances([("a", {"until": ["b"], "max_gen_toks": 4})], "generate_until")  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"batch_size=4 is too large for the memory of cpu: CUDA"):
         build(SpadeLayerLM, layer=2).generate_until(asked)
@@ -171,7 +169,7 @@ def test_the_largest_batch_size_that_fits(fits: int) -> None:
     def run(batch: Batch) -> None:
         assert batch.ids.shape[1] == longest
         if batch.ids.shape[0] > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+            out_of_memory()
 
     found = largest_batch_size(rows, 32, run)
     assert found == {1: 1, 3: 3, 40: 32}[fits]

@@ -48,10 +48,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No index of lm-eval's 14,000 tasks, and its log not tied to this test's standard error."""
-    few = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr(documents, "TaskManager", few)
+def _quick(few_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tasks, and lm-eval's log not tied to this test's standard error."""
     monkeypatch.setattr(lora, "EVALUATIONS", 2)
     monkeypatch.setattr("lm_eval.utils.setup_logging", lambda: None)
 
@@ -78,14 +76,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_task(folder, "tiny_one", {"train": ROWS[:1], "test": ROWS}, **choice)
     metric = {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}
     write_task(folder, "normed", {"train": many, "validation": ROWS}, **choice, metric_list=[metric])  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
