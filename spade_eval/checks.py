@@ -86,18 +86,19 @@ def _products() -> FlopCounterMode:
 
 @torch.no_grad()
 def operations(backbone: Backbone) -> float:
-    """Operations of a layer's matrix products per token; of experts, of those that run.
+    """Operations of a layer's matrix products per token, their mean over the layers.
 
-    Attention that is computed by matrix products grows with the square of the tokens T, and some
-    adapters multiply their own weights at each call: of f(T) = a T + b T^2 + c, a is wanted.
+    Of experts, those that run are counted. Attention that is computed by matrix products grows with
+    the square of the tokens T, and some adapters multiply their own weights at each call: of
+    f(T) = a T + b T^2 + c, a is wanted.
     """
     ids = probe_ids(backbone)
     counts = []
     for times in (1, 2, 3):
         lane = backbone.embed(ids.repeat(1, times))
         with _products() as counter:
-            backbone.advance(lane, 1)
-        counts.append(counter.get_total_flops())
+            backbone.advance(lane, backbone.n_layers)
+        counts.append(counter.get_total_flops() / backbone.n_layers)
     second, third = counts[1] - counts[0], counts[2] - counts[1]  # a T + 3 b T^2, a T + 5 b T^2
     # Kernels of quantised layers are unknown to the counter: an ordinary layer has 12 d^2 weights.
     return (5 * second - 3 * third) / (2 * ids.shape[1]) or 24.0 * backbone.width**2
@@ -179,14 +180,11 @@ def _layers(backbone: Backbone) -> tuple[Tensor, Tensor]:
 
 def _tail(backbone: Backbone) -> tuple[Tensor, Tensor]:
     ids = probe_ids(backbone)[:, :2]
-    states = backbone.hidden_states(ids)
-    one = torch.ones(1, dtype=torch.long, device=ids.device)
-    tails = [
-        backbone.tail(h[0, 1:].to(ids.device), layer, ids[:, 1], one, ids[:, 0])
-        for layer, h in enumerate(states)
-    ]
+    h = torch.cat([h[0, 1:].to(ids.device) for h in backbone.hidden_states(ids)])  # (L + 1, d)
+    start, token = ids.expand(len(h), -1).unbind(1)
+    tails = backbone.tail(h, torch.arange(len(h)), token, torch.ones_like(token), start)
     theirs = backbone.model(input_ids=ids, use_cache=False).logits[0, 1]
-    return backbone.logits(torch.cat(tails)), theirs.expand(len(tails), -1)
+    return backbone.logits(tails), theirs.expand(len(tails), -1)
 
 
 def _start(backbone: Backbone) -> tuple[Tensor, Tensor]:

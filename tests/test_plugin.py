@@ -312,18 +312,16 @@ def test_start_up_loads_two_small_modules_only(installed: Environment, bare: Env
     assert extra == {"spade_eval", "spade_eval.plugin"}
 
 
-def test_start_up_costs_at_most_a_millisecond(installed: Environment) -> None:
-    """The hook alone: of two whole starts the difference is lost in their scatter."""
+def test_start_up_costs_a_small_share_of_pythons_own(installed: Environment) -> None:
+    """Half a millisecond where Python itself takes eight; one more import would take as long again."""
     line = (installed.site / "spade_eval.pth").read_text().strip()
     code = (
-        f"import os, sys, time; sys.path.append({str(installed.site)!r}); begin = time.perf_counter(); "
-        f"exec({line!r}); print('spade_eval.plugin' in sys.modules, time.perf_counter() - begin)"
+        f"import os, sys, time; sys.path.append({str(installed.site)!r}); own = time.process_time(); "
+        f"exec({line!r}); print('spade_eval.plugin' in sys.modules, time.process_time() / own - 1)"
     )
-    fastest = 1.0  # other load on the machine only ever adds time
-    for _ in range(200):
-        loaded, seconds = installed.run("-S", "-c", code).stdout.split()
+    shares = []
+    for _ in range(20):
+        loaded, share = installed.run("-S", "-c", code).stdout.split()
         assert loaded == "True"
-        fastest = min(fastest, float(seconds))
-        if fastest <= 0.001:
-            return
-    pytest.fail(f"{1000 * fastest:.2f} ms per start of Python")
+        shares.append(float(share))
+    assert min(shares) <= 0.15  # other load on the machine only ever adds time

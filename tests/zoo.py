@@ -51,6 +51,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "cohere2": ("Cohere2Config", HEAD | WINDOW | ALTERNATING | {"logit_scale": 0.5}),
     "qwen3_moe": ("Qwen3MoeConfig", HEAD | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    # Its first layer is dense, and its keys and values are of low rank.
+    "deepseek_v3": ("DeepseekV3Config", {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                                         "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+                                         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}),
     "gpt_oss": ("GptOssConfig", HEAD | WINDOW | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 
