@@ -35,6 +35,7 @@ from spade_eval.hollow import (
     unwrap_peft,
 )
 from spade_eval.start import StartStates, StartStore
+from spade_eval.tail import send
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -45,7 +46,6 @@ LOGITS_BYTES = 256 * 2**20  # logits alive at once on a GPU: larger products are
 # On a CPU, larger blocks come from the system anew each time, a rule of the C library, and touching
 # their pages takes about as long as the arithmetic. It bounds logits and the widest activations.
 CPU_BYTES = 32 * 2**20
-TAIL_ROWS = 4096  # tokens sent through the upper layers at once: bounds keys and activations
 
 
 class Backbone:
@@ -61,6 +61,8 @@ class Backbone:
         n_layers: L.
         width: d.
         vocab_size: V, the width of the model's logits.
+        keeps_keys: True if all that a start token leaves to later ones are keys and values, which
+            are stored. Where layers are recurrent, a two-token tail computes both of its tokens.
         positions_inert: True if the position of the answer token has no effect on a two-token tail
             (ALiBi, positions added to the embedding).
         packs: True if a row may hold several branches behind one shared context (explicit
@@ -81,10 +83,10 @@ class Backbone:
                 f"{self.name} is an encoder-decoder model; the decoders read a decoder-only model. "
                 "Use a causal language model (AutoModelForCausalLM)."
             )
-        self.decoder = model.get_decoder()
-        self._owner, self._attribute, self._layers = find_layers(model, self.name)
+        self._place = find_layers(model, self.name)
+        self._layers = self._place.layers
         self._head_places = head_places(model)
-        parameters = inspect.signature(self.decoder.forward).parameters
+        parameters = inspect.signature(self._place.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache_name = next((n for n in ("cache", "past_key_values") if n in parameters), None)
         self.n_layers = len(self._layers)
@@ -98,6 +100,7 @@ class Backbone:
         self.width, self.vocab_size, tuple_size = checks.measure(self)
         self._probes = probes(self._layers, tuple_size)
         self.starts = StartStore(self._compute_starts)
+        self.keeps_keys = True  # unless a check says otherwise
         self.positions_inert, self.packs = checks.run(self)
         self.starts.clear()  # those of the checks: scoring may run under autocast, in another dtype
         # Attention takes 4 * d operations per token and key. Under a mask it runs at about a third
@@ -135,7 +138,7 @@ class Backbone:
                 raise UnsupportedModelError(f"{self.name} keeps no key/value cache.")
             inputs[self._cache_name] = cache
         with self._hollow() as passed:
-            self.decoder(**inputs)
+            self._place.decoder(**inputs)
             calls = [probe.call for probe in passed if probe.call is not None]
             h = passed[0].states
         if h is None or len(calls) < self.n_layers:
@@ -219,7 +222,8 @@ class Backbone:
         """Send the pairs [start, token] through their remaining layers and read the token (eq. 6).
 
         The start token's keys and values come from the store, so one token per pair is computed,
-        not two. Pairs of different layers join on the way up: each layer runs once for all of them.
+        not two, if the model keeps keys at all. Pairs of different layers join on the way up: each
+        layer runs once for all of them.
 
         Args:
             h: States of the answer tokens after `layer`, (P, d).
@@ -232,48 +236,7 @@ class Backbone:
         Returns:
             (P, d): the answer tokens' states after layer L, before the final norm.
         """
-        layers = torch.as_tensor(layer).expand(len(h))
-        if len(h) and not 0 <= int(layers.min()) <= int(layers.max()) <= self.n_layers:
-            raise UserError(f"layer={layer} is out of range: {self.name} has 0..{self.n_layers}.")
-        out = h.clone()
-        lower = torch.nonzero(layers < self.n_layers)[:, 0]  # the others are there already
-        if not len(lower):
-            return out
-        for rows in lower[layers[lower].argsort(stable=True)].split(TAIL_ROWS):
-            at = rows.to(h.device)
-            starts = None if start_ids is None else start_ids[at]
-            out[at] = self._tail(h[at], layers[rows], token_ids[at], positions[at], starts)
-        return out
-
-    def _tail(
-        self,
-        h: Tensor,
-        layers: Tensor,
-        token_ids: Tensor,
-        positions: Tensor,
-        start_ids: Tensor | None,
-    ) -> Tensor:
-        """`tail` for pairs in ascending order of their layers."""
-        depths, counts = layers.unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        above = [*depths.tolist()[1:], self.n_layers]
-        running = h[:0, None]  # (0, 1, d)
-        for depth, end, to in zip(depths.tolist(), ends, above, strict=True):
-            starts = None if start_ids is None else self.start_states(start_ids[:end])
-            # The mask must be explicit: position ids [0, n] without one mean two packed sequences
-            # to transformers, and the token would not see its start.
-            keys = 1 if starts is None else 2
-            lane = self.embed(
-                token_ids[:end, None],  # (P, 1)
-                position_ids=positions[:end, None],
-                attention_mask=torch.ones(end, keys, dtype=torch.long, device=token_ids.device),
-                cache=None if starts is None else starts.cache(),
-            )
-            joining = h[len(running) : end, None]  # (P, 1, d)
-            lane.h = torch.cat([running, joining.to(running.device)]).to(lane.h.device)
-            lane.depth = depth
-            running = self.advance(lane, to).h
-        return running[:, 0].to(h.device)  # (P, d)
+        return send(self, h, layer, token_ids, positions, start_ids)
 
     # ------------------------------------------------------------------ inside
 
@@ -289,10 +252,10 @@ class Backbone:
 
     @torch.no_grad()
     def _compute_starts(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """States h^0..h^L of single tokens (U, L+1, d), and the cache that they filled."""
+        """States h^0..h^L of single tokens (U, L+1, d), and the cache that they filled, if any."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache = DynamicCache() if self.keeps_keys else None
         mask = torch.ones(len(ids), 1, dtype=torch.long, device=ids.device)
         zeros = torch.zeros_like(ids)[:, None]
         lane = self.embed(ids[:, None], position_ids=zeros, attention_mask=mask, cache=cache)
@@ -304,4 +267,4 @@ class Backbone:
         return [lane.h] + [self.advance(lane, layer).h for layer in range(1, self.n_layers + 1)]
 
     def _hollow(self, output: Tensor | None = None) -> AbstractContextManager[list[Probe]]:
-        return hollow(self._owner, self._attribute, self._probes, output)
+        return hollow(self._place, self._probes, output)

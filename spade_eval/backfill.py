@@ -234,8 +234,8 @@ class Sequences:
             start_ids=starts,
             positions=torch.from_numpy(positions).to(ids.device),
         )
-        tails = self.policy.decoder.tails(positions)
-        self.work.tail[self.origin] += np.where(tails, n_layers - layers, 0)
+        tails = self.policy.decoder.tails(self.backbone, positions)
+        self.work.tail[self.origin] += tails * (n_layers - layers)
         return self.backbone.logits(self.policy.decoder.align(self.backbone, states))
 
     def _count(self, rows: Ints, held: Ints, layers: int) -> None:

@@ -8,8 +8,9 @@ itself computes, on three tokens:
 3. start: the start token's states are the same alone and followed by others;
 4. pack: one row with two branches behind a shared context gives what two rows give.
 
-A model that fails 1 to 3 is refused (recurrent and hybrid models are); failing 4 only rules out
-packed rows.
+Where 2 fails, keys and values are not all that the start token leaves behind, and both tokens of a
+pair are computed from then on. A model that still fails it, or 1 or 3, is refused; failing 4 only
+rules out packed rows.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def head_operations(backbone: Backbone) -> float:
 
 @torch.no_grad()
 def run(backbone: Backbone) -> tuple[bool, bool]:
-    """Run the four checks.
+    """Run the four checks; `keeps_keys` of the backbone is set.
 
     Returns:
         Whether positions are inert in a tail, and whether rows may be packed.
@@ -133,12 +134,17 @@ def run(backbone: Backbone) -> tuple[bool, bool]:
         ],
         start=1,
     ):
-        if failed := failure(check, backbone):
+        failed = failure(check, backbone)
+        if failed and check is _tail:
+            log.info("%s: start tokens are computed in each tail (%s)", backbone.name, failed[0])
+            backbone.keeps_keys = False
+            backbone.starts.clear()
+            failed = failure(check, backbone)
+        if failed:
             found, cause = failed
             raise UnsupportedModelError(
                 f"{backbone.name} fails check {number} ({meaning}): {found}. Supported are "
-                "decoder-only models whose layers attend causally and keep keys and values; "
-                "recurrent and hybrid models are not."
+                "decoder-only models whose layers are causal and run one after another."
             ) from cause
     return _positions_inert(backbone), _packs(backbone)
 

@@ -56,7 +56,7 @@ class Account:
         prices: Prices,
         passed: int | Ints,
         layers: int | Ints,
-        tails: NDArray[np.bool_],
+        tails: Ints,
         starts: int,
     ) -> None:
         """Count a batch.
@@ -67,7 +67,7 @@ class Account:
             prices: Of the head.
             passed: Layers that the tokens went through: all alike, or each, (B, T).
             layers: Layer that each of the N reads was taken from, (N,), or one for all.
-            tails: Which of the P scored positions went on alone from that layer.
+            tails: Tokens that each of the P scored positions sent on alone from that layer, (P,).
             starts: Start tokens that had to be computed.
         """
         n_layers = prices.n_layers
@@ -91,7 +91,7 @@ class Account:
         self._by_task(
             source,
             batch.requests[one],
-            tail_token_layers=np.where(tails[at], n_layers - layer, 0),
+            tail_token_layers=tails[at] * (n_layers - layer),
             head_token_layers=prices.head,
         )
         self._set_baseline(prices)

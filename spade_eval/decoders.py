@@ -27,8 +27,6 @@ from torch import Tensor
 from spade_eval.errors import require_known
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Ints
     from spade_eval.lens import LinearLens
@@ -62,8 +60,8 @@ class Decoder(Protocol):
     def align(self, backbone: Backbone, states: States) -> Tensor:
         """Carry states of `states.layer` into the last layer's space, (P, d) to (P, d)."""
 
-    def tails(self, positions: Ints) -> NDArray[np.bool_]:
-        """Which tokens, by their `positions` (P,), `align` sends through the remaining layers."""
+    def tails(self, backbone: Backbone, positions: Ints) -> Ints:
+        """Tokens that `align` sends through the remaining layers, by `positions`, (P,) to (P,)."""
 
     def describe(self) -> dict[str, object]:
         """Name and settings, as they go to the results file."""
@@ -77,9 +75,9 @@ class LogitLens:
         """Return the states themselves."""
         return states.h
 
-    def tails(self, positions: Ints) -> NDArray[np.bool_]:
+    def tails(self, backbone: Backbone, positions: Ints) -> Ints:
         """None: it runs no layer."""
-        return np.zeros(len(positions), dtype=bool)
+        return np.zeros(len(positions), dtype=np.int64)
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""
@@ -114,9 +112,9 @@ class Linear:
             out[first] = own.to(out.device, out.dtype)
         return out
 
-    def tails(self, positions: Ints) -> NDArray[np.bool_]:
+    def tails(self, backbone: Backbone, positions: Ints) -> Ints:
         """None: it runs no layer."""
-        return np.zeros(len(positions), dtype=bool)
+        return np.zeros(len(positions), dtype=np.int64)
 
     def describe(self) -> dict[str, object]:
         """Name."""
@@ -177,9 +175,11 @@ class Spade:
         )
         return out
 
-    def tails(self, positions: Ints) -> NDArray[np.bool_]:
-        """All, but in pairs not those at position 0."""
-        return positions > 0 if self.start == "keep" else np.ones(len(positions), dtype=bool)
+    def tails(self, backbone: Backbone, positions: Ints) -> Ints:
+        """The token, and its start token where that is not stored; none at position 0 of a pair."""
+        if self.start == "none":
+            return np.ones(len(positions), dtype=np.int64)
+        return np.where(positions > 0, 1 if backbone.keeps_keys else 2, 0)
 
     def describe(self) -> dict[str, object]:
         """Name and settings."""

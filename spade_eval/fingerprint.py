@@ -49,9 +49,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(f"{name} has no output embedding to read a lens with.")
-    *_, layers = find_layers(model, name)
-    skip = {id(layers), id(model.get_input_embeddings())}
-    tensors = (*_parameters(head, set()), *_parameters(model.get_decoder(), skip))
+    place = find_layers(model, name)
+    skip = {id(place.layers), id(model.get_input_embeddings())}
+    tensors = (*_parameters(head, set()), *_parameters(place.decoder, skip))
     if any(tensor.is_meta for tensor in tensors):
         raise UnsupportedModelError(
             f"{name}: its final norm or head is on the meta device, without values. Load the "

@@ -91,27 +91,23 @@ def probes(layers: nn.ModuleList, tuple_size: int) -> nn.ModuleList:
 
 @contextmanager
 def hollow(
-    owner: nn.Module,
-    attribute: str,
-    stand_ins: nn.ModuleList,
-    output: Tensor | None = None,
+    place: Place, stand_ins: nn.ModuleList, output: Tensor | None = None
 ) -> Iterator[list[Probe]]:
     """Put probes in the layers' place.
 
     Args:
-        owner: The module that holds the layers.
-        attribute: Its attribute.
+        place: Where the layers are.
         stand_ins: The probes.
         output: What the last probe returns; its input if None.
     """
-    layers = getattr(owner, attribute)
+    layers = getattr(place.owner, place.attribute)
     fresh: list[Probe] = list(stand_ins)  # type: ignore[arg-type]
     fresh[-1].output = output
-    setattr(owner, attribute, stand_ins)
+    setattr(place.owner, place.attribute, stand_ins)
     try:
         yield fresh
     finally:
-        setattr(owner, attribute, layers)
+        setattr(place.owner, place.attribute, layers)
         for probe in fresh:  # they must not keep the tensors alive
             probe.output = probe.states = probe.call = None
 
@@ -168,20 +164,36 @@ def unwrap_peft(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find_layers(model: PreTrainedModel, name: str) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Find the decoder's list of L layers by its length.
+@dataclass(frozen=True)
+class Place:
+    """Where a model has its layers.
 
-    Returns:
-        The module that holds the list, the attribute's name, and the list.
+    Attributes:
+        decoder: What turns token ids into the last layer's states.
+        owner: The module in it that holds the list of the layers.
+        attribute: The list's name there.
+        layers: The list.
+    """
+
+    decoder: nn.Module
+    owner: nn.Module
+    attribute: str
+    layers: nn.ModuleList
+
+
+def find_layers(model: PreTrainedModel, name: str) -> Place:
+    """Find the decoder's list of L layers by its length.
 
     Raises:
         UnsupportedModelError: No list of `num_hidden_layers` modules in the decoder.
     """
     n = model.config.get_text_config().num_hidden_layers
-    for owner in model.get_decoder().modules():
-        for attribute, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == n:
-                return owner, attribute, child
+    # Where a family's head is named "decoder", transformers takes that for the decoder.
+    for decoder in (model.get_decoder(), unwrap_peft(model).base_model):
+        for owner in decoder.modules():
+            for attribute, child in owner.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == n:
+                    return Place(decoder, owner, attribute, child)
     raise UnsupportedModelError(
         f"{name}: its decoder has no list of {n} layers (num_hidden_layers)."
     )

@@ -35,7 +35,7 @@ def check(
     """
     config = lens.config if isinstance(lens, LinearLens) else lens
     model_name = model.config.name_or_path or type(unwrap_peft(model)).__name__
-    n_layers = len(find_layers(model, model_name)[2])
+    n_layers = len(find_layers(model, model_name).layers)
     width = cast("int", model.config.get_text_config().hidden_size)
     for what, its, models in (
         ("width", config.width, width),

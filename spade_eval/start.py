@@ -62,8 +62,8 @@ class StartStates:
 
     Attributes:
         states: h^0..h^L of the distinct start tokens, (U, L + 1, d).
-        keys: Per layer (U, heads, 1, width).
-        values: Per layer (U, heads, 1, width).
+        keys: Per layer (U, heads, 1, width); empty if the model keeps none.
+        values: As the keys.
         rows: Which of the U each pair has, (P,).
     """
 
@@ -72,9 +72,11 @@ class StartStates:
     values: list[Tensor]
     rows: Tensor
 
-    def hidden(self, layer: int) -> Tensor:
-        """The start token's own state after `layer`, (P, d)."""
-        return self.states[:, layer][self.rows]
+    def hidden(self, layer: int | Tensor) -> Tensor:
+        """The start token's own state after `layer`, one for all or one for each, (P, d)."""
+        if isinstance(layer, Tensor):
+            layer = layer.to(self.states.device)
+        return self.states[self.rows, layer]
 
     def cache(self) -> Cache:
         """A cache of length one for the P pairs."""
@@ -86,11 +88,13 @@ class StartStore:
     """A bounded LRU of start-token states.
 
     Args:
-        compute: Maps distinct ids (U,) to states (U, L + 1, d) and a cache filled by them.
+        compute: Maps distinct ids (U,) to states (U, L + 1, d) and a cache filled by them, if any.
         capacity: Start tokens kept between calls.
     """
 
-    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, Cache]], capacity: int = CAPACITY):
+    def __init__(
+        self, compute: Callable[[Tensor], tuple[Tensor, Cache | None]], capacity: int = CAPACITY
+    ):
         self.computed = 0  # start tokens run through the model so far
         self._compute, self._capacity = compute, capacity
         self._entries: OrderedDict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = OrderedDict()
@@ -135,5 +139,6 @@ class StartStore:
         self.computed += len(new)
         for row, i in enumerate(new):
             # Clones, so that an evicted token's memory is freed with its entry.
-            pairs = [(kv.keys[row].clone(), kv.values[row].clone()) for kv in cache.layers]
+            layers = [] if cache is None else cache.layers
+            pairs = [(kv.keys[row].clone(), kv.values[row].clone()) for kv in layers]
             self._entries[i] = (states[row].clone(), pairs)

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from zoo import FAMILIES, REFUSED, VOCAB, random_ids, tiny
+from zoo import EVERY, FAMILIES, RECURRENT, REFUSED, VOCAB, random_ids, tiny
 
 from spade_eval import checks
 from spade_eval.backbone import Backbone
@@ -16,7 +16,7 @@ from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.hollow import find_layers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @torch.no_grad()
 def test_layer_by_layer_is_the_model_bit_for_bit(family: str) -> None:
     model, ids = tiny(family), random_ids(2, 9)
@@ -25,8 +25,9 @@ def test_layer_by_layer_is_the_model_bit_for_bit(family: str) -> None:
     theirs = model(ids, output_hidden_states=True, use_cache=False)
     assert len(ours) == backbone.n_layers + 1 == len(theirs.hidden_states)
     # transformers returns the last state after the final norm, so L itself is compared by its
-    # logits.
-    for layer, (a, b) in enumerate(zip(ours[:-1], theirs.hidden_states[:-1], strict=True)):
+    # logits. Its Mamba leaves out the embedding.
+    first = 1 if family == "mamba" else 0
+    for layer, (a, b) in enumerate(zip(ours[first:-1], theirs.hidden_states, strict=False), first):
         assert torch.equal(a, b), f"layer {layer}"
     logits = backbone.logits(ours[-1].flatten(0, 1)).view_as(theirs.logits)
     torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-5)
@@ -40,15 +41,17 @@ def test_operations_are_two_per_weight_whatever_computes_attention(
     model = copy.deepcopy(tiny(family))
     if attention == "eager":
         model.set_attn_implementation("eager")
-    layers = find_layers(model, family)[2]
+    layers = find_layers(model, family).layers
     expected = 0.0
     for name, p in layers.named_parameters():
         if p.ndim > 1 and not name.endswith("_bias"):
             expected += p.numel() / (2 if ".experts." in name else 1)  # two of four experts run
     backbone = Backbone(model)
     assert backbone.operations == pytest.approx(2 * expected / len(layers))
-    # Of a hidden width of 32; where it is projected to 16, two projections of 32 x 16 run too.
-    head = 16 * VOCAB + 2 * 16 * 32 if family == "opt_projected" else 32 * VOCAB
+    # Of a hidden width of 32; where it is projected to 16, two projections of 32 x 16 run too, and
+    # in ModernBERT's a dense layer.
+    head = {"opt_projected": 16 * VOCAB + 2 * 16 * 32, "modernbert": 32 * VOCAB + 32 * 32}
+    head = head.get(family, 32 * VOCAB)
     assert checks.head_operations(backbone) == 2 * head
 
 
@@ -71,16 +74,26 @@ def test_operations_can_be_counted_where_a_gpu_shares_keys_among_heads() -> None
     assert counter.get_total_flops() == 2 * 3 * 8 * 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @torch.no_grad()
 def test_a_row_may_be_packed_or_the_check_says_no(family: str) -> None:
-    # Alibi models build their biases from a 2D mask and cannot take a 4D one.
-    assert Backbone(tiny(family)).packs == (family not in {"bloom", "falcon_alibi"})
+    # Alibi models build their biases from a 2D mask and cannot take a 4D one; recurrent layers take
+    # none.
+    assert Backbone(tiny(family)).packs == (family not in {"bloom", "falcon_alibi", *RECURRENT})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
+def test_a_start_token_leaves_keys_and_values_or_both_tokens_are_computed(family: str) -> None:
+    backbone = Backbone(tiny(family))
+    assert backbone.keeps_keys == (family in FAMILIES)
+    start = backbone.start_states(torch.tensor([5, 7, 5]))
+    assert len(start.keys) == len(start.values) == (4 if backbone.keeps_keys else 0)
+    assert start.states.shape == (2, 5, backbone.width)
+
+
+@pytest.mark.parametrize("family", EVERY)
 def test_positions_are_inert_where_they_are_added_to_the_embedding_or_absent(family: str) -> None:
-    inert = {"gpt2", "gpt_neo", "opt", "opt_projected", "bloom", "falcon_alibi"}
+    inert = {"gpt2", "gpt_neo", "opt", "opt_projected", "bloom", "falcon_alibi", "mamba", "jamba"}
     assert Backbone(tiny(family)).positions_inert == (family in inert)
 
 

@@ -144,12 +144,13 @@ def run_and_watch(lm: Any, requests: list[Instance]) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("cls", [SpadeExitLM, LensExitLM])
 @pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
 @pytest.mark.parametrize("threshold", [-1, 0, 4.0, 99])
 def test_the_account_says_what_the_layers_and_the_head_saw(
-    cls: Any, scope: str, threshold: float
+    cls: Any, scope: str, family: str, threshold: float
 ) -> None:
     """One row at a time, so that there is no padding to tell apart."""
-    lm = build(cls, threshold=threshold, exit_scope=scope, batch_size=1, **EVERY)
+    lm = build(cls, family, threshold=threshold, exit_scope=scope, batch_size=1, **EVERY)
     requests = instances(("x", "y"))
     requests.append(Instance("loglikelihood", {}, ("", "abc"), 0, ("z", 0, 1)))
     seen, heads, starts = run_and_watch(lm, requests)

@@ -30,7 +30,17 @@ from spade_eval.trace import Trace, score, score_with_exits
 if TYPE_CHECKING:
     from spade_eval.batching import Batch
 
-FAMILIES = ["llama", "gpt2", "gemma3", "mistral_sliding", "bloom", "phi", "cohere", "gpt_oss"]
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "gemma3",
+    "mistral_sliding",
+    "bloom",
+    "phi",
+    "cohere",
+    "gpt_oss",
+    "qwen3_5",
+]
 SCOPES = ["context", "token", "request"]
 ATOL = 1e-4
 CANDIDATES = (1, 2, 3)  # of 4 layers

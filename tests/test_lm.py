@@ -92,7 +92,19 @@ def close(ours: list, theirs: list) -> None:
 @pytest.mark.parametrize("layout", ["packed", "dense"])
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt2", "gpt_neo", "bloom", "gpt_oss"],
+    [
+        "llama",
+        "mistral_sliding",
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "gpt_neo",
+        "bloom",
+        "gpt_oss",
+        "mamba",
+        "lfm2",
+        "qwen3_next",
+    ],
 )
 @pytest.mark.parametrize("cls", [SpadeLayerLM, LogitLensLM])
 def test_at_the_last_layer_answers_are_those_of_hflm(cls: type, family: str, layout: str) -> None:

@@ -23,7 +23,7 @@ shared = st.sampled_from([(5, 6, 7, 8, 9, 10), (5, 6, 7), (11,)])  # so that con
 contexts = st.one_of(shared, st.tuples(shared, tokens).map(lambda pair: pair[0] + pair[1]), tokens)
 requests = st.lists(st.builds(Request, contexts, tokens), min_size=1, max_size=7)
 decoders = st.sampled_from([LogitLens(), Spade(), Spade(positions="keep"), Spade(start="none")])
-families = st.sampled_from(["llama", "gemma3", "gpt2", "mistral_sliding", "cohere2"])
+families = st.sampled_from(["llama", "gemma3", "gpt2", "mistral_sliding", "cohere2", "qwen3_5"])
 
 
 @functools.cache
@@ -36,7 +36,13 @@ def scores(
     asked: list[Request], family: str, decoder: Decoder, layer: int, packed: bool, batch_size: int
 ) -> list[float]:
     config = backbone(family).model.config
-    layout = Layout(32, packed, window(config), crossover=200.0, batch_size=batch_size)
+    layout = Layout(
+        32,
+        packed and backbone(family).packs,
+        window(config),
+        crossover=200.0,
+        batch_size=batch_size,
+    )
     sums = [0.0] * len(asked)
     for rows in cut(plan(asked, layout).rows, batch_size):
         batch = collate(rows)

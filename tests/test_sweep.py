@@ -125,7 +125,13 @@ def compare(
 
 @pytest.mark.parametrize(
     ("family", "packed", "most"),
-    [("llama", True, 60), ("llama", False, 20), ("mistral_sliding", True, 20), ("gpt2", True, 20)],
+    [
+        ("llama", True, 60),
+        ("llama", False, 20),
+        ("mistral_sliding", True, 20),
+        ("gpt2", True, 20),
+        ("qwen3_5", True, 20),
+    ],
 )
 def test_cells_are_those_of_separate_runs(
     family: str, packed: bool, most: int, tmp_path: Path

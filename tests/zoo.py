@@ -48,6 +48,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "bloom": ("BloomConfig", {}),
     "stablelm": ("StableLmConfig", {}),
     "smollm3": ("SmolLM3Config", {}),
+    "modernbert": ("ModernBertDecoderConfig", {"tie_word_embeddings": False}),
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "cohere2": ("Cohere2Config", HEAD | WINDOW | ALTERNATING | {"logit_scale": 0.5}),
     "qwen3_moe": ("Qwen3MoeConfig", HEAD | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
@@ -58,11 +59,26 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_oss": ("GptOssConfig", HEAD | WINDOW | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 
-REFUSED: dict[str, tuple[str, dict]] = {
+# What a token leaves to later ones is more than keys and values.
+RECURRENT: dict[str, tuple[str, dict]] = {
+    "mamba": ("MambaConfig", {"state_size": 4}),
     "jamba": ("JambaConfig", {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
                               "mamba_d_state": 4, "mamba_dt_rank": 4}),
+    "falcon_h1": ("FalconH1Config", HEAD | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2}),
+    "qwen3_next": ("Qwen3NextConfig", HEAD | {"layer_types": ["linear_attention", "full_attention"] * 2, "num_experts": 4, "num_experts_per_tok": 2,
+                                              "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "linear_key_head_dim": 8,
+                                              "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}),
+    "qwen3_5": ("Qwen3_5TextConfig", HEAD | {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_key_head_dim": 8,
+                                             "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}),
     "recurrent_gemma": ("RecurrentGemmaConfig", HEAD | {"lru_width": 32, "attention_window_size": 8}),
-    "mamba": ("MambaConfig", {"state_size": 4}),
+}  # fmt: skip
+
+EVERY = FAMILIES | RECURRENT
+
+REFUSED: dict[str, tuple[str, dict]] = {
+    "bert": ("BertConfig", {}),
+    "gemma3n": ("Gemma3nTextConfig", HEAD | {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4}),
     "t5": ("T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
 }  # fmt: skip
 
@@ -70,7 +86,7 @@ REFUSED: dict[str, tuple[str, dict]] = {
 @functools.cache
 def tiny(name: str, seed: int = 0, **overrides: object) -> nn.Module:
     """A random model of a family, in fp32 and evaluation mode; norms and biases are random too."""
-    class_name, differs = (FAMILIES | REFUSED)[name]
+    class_name, differs = (EVERY | REFUSED)[name]
     config_class = getattr(transformers, class_name)
     config = config_class(**(SMALL | differs | overrides))
     torch.manual_seed(seed)

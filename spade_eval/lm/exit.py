@@ -193,7 +193,7 @@ class SpadeExitLM(SpadeLM):
     def _count(self, batch: Batch, trace: Trace, starts: int, account: Account) -> None:
         who = trace.decisions
         layers = trace.exit_layers[who.member_of][who.read_from]
-        tails = self.decoder.tails(batch.scored_positions)
+        tails = self.decoder.tails(self.backbone, batch.scored_positions)
         account.add(batch, self._source, self.prices, trace.passed, layers, tails, starts)
         account.add_exits(batch, self._source, self.prices, who, trace.exit_layers, trace.checked)
         if self._log is not None and account is self.account:

@@ -56,7 +56,7 @@ class FixedLayerLM(SpadeLM):
         known = self.backbone.starts.computed
         answers = score(self.backbone, batch, self.decoder, self.layer, dtype)
         starts = self.backbone.starts.computed - known
-        tails = self.decoder.tails(batch.scored_positions)
+        tails = self.decoder.tails(self.backbone, batch.scored_positions)
         account.add(batch, self._source, self.prices, self.layer, self.layer, tails, starts)
         return answers
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from spade_eval.batching import Batch
+    from spade_eval.batching import Batch, Ints
     from spade_eval.decoders import Positions
     from spade_eval.exits import Scope
     from spade_eval.lm.requests import TokenRequest
@@ -150,7 +150,7 @@ class SweepLM(SpadeLM):
         self._collect(collected, batch, found, scopes)
         if collected.states is not None and found.states is not None:
             collected.states.update(by_document(batch, found.states, self._instances))
-        n, no_tails = self.backbone.n_layers, np.zeros(len(batch.scored), dtype=bool)
+        n, no_tails = self.backbone.n_layers, np.zeros(len(batch.scored), dtype=np.int64)
         account.add(batch, self._source, self.prices, n, n, no_tails, 0)
         return Answers(found.logprobs[0].tolist(), found.greedy[0].tolist())
 
@@ -163,7 +163,7 @@ class SweepLM(SpadeLM):
         for index, reading in enumerate(self.grid.readings):
             self._add(into, index, batch, found.logprobs[index], found.greedy[index])
             decoder = self.reader.decoder(reading.decoder, reading.lens)
-            tails = decoder.tails(batch.scored_positions)
+            tails = decoder.tails(self.backbone, batch.scored_positions)
             pairs = reading.decoder in ("spade", *LENSES)
             starts = self._starts(index, batch, tails, pairs) if pairs else 0
             into.accounts[index].add(
@@ -200,10 +200,10 @@ class SweepLM(SpadeLM):
             reads = np.arange(len(source))
             self._add(into, number, batch, found.logprobs[row, reads], found.greedy[row, reads])
             decoder = self.reader.decoder(*reading)
-            tails = decoder.tails(batch.scored_positions)
+            tails = decoder.tails(self.backbone, batch.scored_positions)
             below = np.zeros(len(batch.scored), dtype=bool)
             np.logical_or.at(below, batch.read_at, done.of_reads < n_layers)
-            starts = 0 if rule.never else self._starts(number, batch, tails & below, first=True)
+            starts = 0 if rule.never else self._starts(number, batch, tails * below, first=True)
             account, prices = into.accounts[number], self._exit_prices(exit_)
             account.add(batch, self._source, prices, done.passed, done.of_reads, tails, starts)
             account.add_exits(batch, self._source, prices, who, done.layers, done.checked)
@@ -224,16 +224,16 @@ class SweepLM(SpadeLM):
         np.add.at(call.logprobs[cell], batch.requests, logprobs)
         np.logical_and.at(call.greedy[cell], batch.requests, greedy)
 
-    def _starts(self, cell: int, batch: Batch, tails: NDArray[np.bool_], first: bool) -> int:
+    def _starts(self, cell: int, batch: Batch, tails: Ints, first: bool) -> int:
         """How many start tokens a run of the cell alone would have to compute for this batch.
 
         Args:
             cell: The cell.
             batch: The batch.
-            tails: Scored positions that go on as pairs, (P,).
+            tails: Tokens that go on as pairs at each scored position, (P,).
             first: Whether position 0 is answered by the start token's own states.
         """
-        asked = tails | (batch.scored_positions == 0) if first else tails
+        asked = (tails > 0) | ((batch.scored_positions == 0) if first else False)
         used = set(batch.start_ids[asked].tolist())
         new = used - self._started[cell]
         self._started[cell] |= new
