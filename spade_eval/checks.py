@@ -16,6 +16,7 @@ rules out packed rows.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,16 +94,25 @@ def operations(backbone: Backbone) -> float:
     the square of the tokens T, and some adapters multiply their own weights at each call: of
     f(T) = a T + b T^2 + c, a is wanted.
     """
+    kinds = [tuple(p.shape for p in layer.parameters()) for layer in backbone._layers]
+    alike = Counter(kinds)  # counting one of each is enough
+    found = sum(_operations(backbone, kinds.index(kind)) * n for kind, n in alike.items())
+    # Kernels of quantised layers are unknown to the counter: an ordinary layer has 12 d^2 weights.
+    return found / len(kinds) or 24.0 * backbone.width**2
+
+
+def _operations(backbone: Backbone, layer: int) -> float:
+    """`operations` of the layer above `layer`."""
     ids = probe_ids(backbone)
     counts = []
     for times in (1, 2, 3):
         lane = backbone.embed(ids.repeat(1, times))
+        lane.depth = layer  # whatever the states: operations do not depend on them
         with _products() as counter:
-            backbone.advance(lane, backbone.n_layers)
-        counts.append(counter.get_total_flops() / backbone.n_layers)
+            backbone.advance(lane, layer + 1)
+        counts.append(counter.get_total_flops())
     second, third = counts[1] - counts[0], counts[2] - counts[1]  # a T + 3 b T^2, a T + 5 b T^2
-    # Kernels of quantised layers are unknown to the counter: an ordinary layer has 12 d^2 weights.
-    return (5 * second - 3 * third) / (2 * ids.shape[1]) or 24.0 * backbone.width**2
+    return (5 * second - 3 * third) / (2 * ids.shape[1])
 
 
 def head_operations(backbone: Backbone) -> float:
