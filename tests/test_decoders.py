@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import EVERY, random_ids, tiny
+from zoo import SUPPORTED, random_ids, tiny
 
 from spade_eval import decoders
 from spade_eval.backbone import Backbone
@@ -70,7 +70,7 @@ def states_at(hidden: list[Tensor], layer: int, ids: Tensor, at: list[tuple[int,
 AT = [(0, 4), (0, 1), (1, 7), (2, 3), (1, 2)]
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", SUPPORTED)
 @pytest.mark.parametrize("start", ["keep", "none"])
 @pytest.mark.parametrize("positions", ["reset", "keep"])
 @torch.no_grad()
@@ -90,7 +90,7 @@ def test_spade_agrees_with_the_naive_loop(family: str, positions: str, start: st
             torch.testing.assert_close(ours[i], expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_at_the_last_layer_every_decoder_is_the_model(family: str) -> None:
     model, ids = tiny(family), random_ids(3, 8)
@@ -102,7 +102,7 @@ def test_at_the_last_layer_every_decoder_is_the_model(family: str) -> None:
             torch.testing.assert_close(ours, logits[row, at], **TOLERANCE)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_spade_at_layer_0_is_the_model_on_start_and_token(family: str) -> None:
     model, ids = tiny(family), random_ids(3, 8)

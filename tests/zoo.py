@@ -74,7 +74,7 @@ RECURRENT: dict[str, tuple[str, dict]] = {
     "recurrent_gemma": ("RecurrentGemmaConfig", HEAD | {"lru_width": 32, "attention_window_size": 8}),
 }  # fmt: skip
 
-EVERY = FAMILIES | RECURRENT
+SUPPORTED = FAMILIES | RECURRENT
 
 REFUSED: dict[str, tuple[str, dict]] = {
     "bert": ("BertConfig", {}),
@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[str, dict]] = {
 @functools.cache
 def tiny(name: str, seed: int = 0, **overrides: object) -> nn.Module:
     """A random model of a family, in fp32 and evaluation mode; norms and biases are random too."""
-    class_name, differs = (EVERY | REFUSED)[name]
+    class_name, differs = (SUPPORTED | REFUSED)[name]
     config_class = getattr(transformers, class_name)
     config = config_class(**(SMALL | differs | overrides))
     torch.manual_seed(seed)
