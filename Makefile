@@ -32,7 +32,8 @@ $(STAMP): requirements.lock requirements-model.lock pyproject.toml spade_eval.pt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	touch $@
 
-# Files of tests side by side, each on one thread, take half the time of one after another on all.
+# Files of tests side by side, each on one thread, take half the time of one after another on all;
+# for a debugger, PYTEST_ARGS="-n 0 --pdb".
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 

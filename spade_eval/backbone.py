@@ -61,6 +61,7 @@ class Backbone:
         n_layers: L.
         width: d.
         vocab_size: V, the width of the model's logits.
+        state_dtype: Of the states; some models keep them in fp32 beside weights of half precision.
         keeps_keys: True if all that a start token leaves to later ones are keys and values, which
             are stored. Where layers are recurrent, a two-token tail computes both of its tokens.
         positions_inert: True if the position of the answer token has no effect on a two-token tail
@@ -97,7 +98,7 @@ class Backbone:
             raise UnsupportedModelError(
                 f"{self.name} has a prompt-learning adapter, whose virtual tokens have no ids."
             )
-        self.width, self.vocab_size, tuple_size = checks.measure(self)
+        self.width, self.vocab_size, tuple_size, self.state_dtype = checks.measure(self)
         self._probes = probes(self._layers, tuple_size)
         self.starts = StartStore(self._compute_starts)
         self.keeps_keys = True  # unless a check says otherwise
@@ -145,7 +146,7 @@ class Backbone:
             raise UnsupportedModelError(
                 f"{self.name} calls {len(calls)} of its {self.n_layers} layers."
             )
-        return Lane(h, 0, calls)
+        return Lane(h.to(torch.promote_types(h.dtype, self.state_dtype)), 0, calls)
 
     def additive_mask(self, sees: Tensor) -> Tensor:
         """Turn (B, T, T), true where token t sees token s, into an additive (B, 1, T, T) mask."""
@@ -202,7 +203,7 @@ class Backbone:
     # ------------------------------------------------------------------ the two-token tail
 
     def start_states(self, start_ids: Tensor) -> StartStates:
-        """Keys, values and states of start tokens, each computed once and then kept.
+        """States of start tokens, and keys and values, each computed once and then kept.
 
         They depend on the start token alone, since attention is causal (the third check).
 

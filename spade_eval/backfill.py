@@ -119,7 +119,7 @@ class Sequences:
         n, stops = len(ids), self.policy.stops
         layers = np.full(n, stops[-1])
         confidence = np.full(n, np.nan, dtype=np.float32)
-        h = torch.empty(n, self.backbone.width, dtype=self.backbone.model.dtype, device=ids.device)
+        h = torch.empty(n, self.backbone.width, dtype=self.backbone.state_dtype, device=ids.device)
         open_ = np.arange(n)
         for stop, layer in enumerate(stops):
             newest = self._climb(stop, open_)  # (len(open_), d)

@@ -40,12 +40,12 @@ def probe_ids(backbone: Backbone) -> Tensor:
 
 
 @torch.no_grad()
-def measure(backbone: Backbone) -> tuple[int, int, int]:
+def measure(backbone: Backbone) -> tuple[int, int, int, torch.dtype]:
     """Run the model once as it is.
 
     Returns:
-        Width d, vocabulary size V of the logits, and the number of values that a layer returns in a
-        tuple, 0 if it returns a bare tensor.
+        Width d, vocabulary size V of the logits, the number of values that a layer returns in a
+        tuple (0 if it returns a bare tensor), and the dtype of its states.
 
     Raises:
         UnsupportedModelError: Its layers return something else.
@@ -62,7 +62,8 @@ def measure(backbone: Backbone) -> tuple[int, int, int]:
         raise UnsupportedModelError(
             f"{backbone.name}: its layers return {type(states).__name__}, not states."
         )
-    return states.shape[-1], logits.shape[-1], len(out) if isinstance(out, tuple) else 0
+    size = len(out) if isinstance(out, tuple) else 0
+    return states.shape[-1], logits.shape[-1], size, states.dtype
 
 
 def _products() -> FlopCounterMode:
@@ -117,7 +118,7 @@ def _operations(backbone: Backbone, layer: int) -> float:
 
 def head_operations(backbone: Backbone) -> float:
     """Operations of the head at one position."""
-    states = torch.zeros(1, backbone.width, dtype=backbone.model.dtype, device=backbone.device)
+    states = torch.zeros(1, backbone.width, dtype=backbone.state_dtype, device=backbone.device)
     with torch.no_grad(), _products() as counter:
         backbone.logits(states)
     return counter.get_total_flops() or 2.0 * backbone.width * backbone.vocab_size
@@ -156,7 +157,8 @@ def run(backbone: Backbone) -> tuple[bool, bool]:
                 f"{backbone.name} fails check {number} ({meaning}): {found}. Supported are "
                 "decoder-only models whose layers are causal and run one after another."
             ) from cause
-    return _positions_inert(backbone), _packs(backbone)
+    # A recurrent state runs on from branch to branch, whatever the mask says.
+    return _positions_inert(backbone), backbone.keeps_keys and _packs(backbone)
 
 
 def failure(

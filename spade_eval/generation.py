@@ -142,7 +142,9 @@ def check(backbone: Backbone) -> None:
     Raises:
         UnsupportedModelError: They cannot, or it keeps no cache that ours can stand in for.
     """
-    if failed := checks.failure(_late, backbone):
+    # Some layers keep their state in themselves, and would pass for others in half precision.
+    more = None if backbone.keeps_keys else ("it keeps more than these", None)
+    if failed := more or checks.failure(_late, backbone):
         found, cause = failed
         raise UnsupportedModelError(
             f"{backbone.name} cannot generate with exits: keys and values that are filled in late "

@@ -3,7 +3,7 @@
 The start token attends to nothing but itself, so its states h^0..h^L and its keys and values at
 every layer depend on its id alone. `StartStore` keeps them in a bounded LRU; `StartStates.cache`
 offers the keys and values to the model as a cache of length one that stores nothing, so a tail
-costs one token per answer.
+costs one token per answer. Of models that keep more than these only the states are stored.
 """
 
 from __future__ import annotations

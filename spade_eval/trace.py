@@ -151,7 +151,7 @@ class _Climb:
         self.confidence = np.full(who.count, np.nan, dtype=np.float32)
         self.checked = np.zeros(who.count, dtype=np.int64)
         self.h = torch.empty(
-            len(who.member_at), backbone.width, dtype=backbone.model.dtype, device=backbone.device
+            len(who.member_at), backbone.width, dtype=backbone.state_dtype, device=backbone.device
         )
         self.lane = enter(backbone, self.departures.rows)
 

@@ -13,6 +13,7 @@ from zoo import FAMILIES, RECURRENT, REFUSED, SUPPORTED, VOCAB, random_ids, tiny
 from spade_eval import checks
 from spade_eval.backbone import Backbone
 from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.generation import check
 from spade_eval.hollow import find_layers
 
 
@@ -89,6 +90,30 @@ def test_a_start_token_leaves_keys_and_values_or_both_tokens_are_computed(family
     start = backbone.start_states(torch.tensor([5, 7, 5]))
     assert len(start.keys) == len(start.values) == (4 if backbone.keeps_keys else 0)
     assert start.states.shape == (2, 5, backbone.width)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_half_precision_forgives_no_neighbours_and_no_missing_state(
+    family: str, spread: float
+) -> None:
+    """Its tolerance is wide, and weights of a small spread do little to their neighbours."""
+    model = copy.deepcopy(tiny(family, initializer_range=spread)).bfloat16()
+    backbone = Backbone(model)
+    assert not backbone.keeps_keys
+    assert not backbone.packs
+    with pytest.raises(UnsupportedModelError, match=r"can be scored; generate with --model hf\.$"):
+        check(backbone)
+
+
+def test_states_that_stay_in_fp32_do_so_from_the_embedding_to_the_end_of_a_tail() -> None:
+    backbone = Backbone(copy.deepcopy(tiny("mamba")).bfloat16())
+    assert backbone.state_dtype == torch.float32
+    states = backbone.hidden_states(random_ids(2, 5))
+    ids = torch.tensor([5, 7])
+    layers, one = torch.tensor([0, 2]), torch.ones(2, dtype=torch.long)
+    tails = backbone.tail(torch.stack([states[0][0, 1], states[2][1, 1]]), layers, ids, one, ids)
+    assert {h.dtype for h in [*states, tails]} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

@@ -380,6 +380,7 @@ def half_done(given: FitSettings, after: int = 1) -> None:
 
 def test_an_existing_lens_stays_unless_told_otherwise(text: Path, tmp_path: Path) -> None:
     output = tmp_path / "lens"
+    output.mkdir()  # an empty folder is free
     given = settings(output, text=text, epochs=0)
     fit(lm(), given)
     before = {p.name: p.read_bytes() for p in output.iterdir()}

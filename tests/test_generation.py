@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_exit_trace import backbone as scored_backbone
 from test_exit_trace import lens_logits, maps, midways, naive_entropy
-from zoo import FAMILIES, RECURRENT, random_ids, tiny
+from zoo import FAMILIES, random_ids, tiny
 
 from spade_eval.backbone import Backbone
 from spade_eval.backfill import CALL, Sequences, _together
@@ -597,12 +597,6 @@ class Broken(torch.nn.Module):
         if cache is not None and cache.get_seq_length() > 1:
             kwargs |= {"cache": None, "attention_mask": None}
         return self.layer(*args, **kwargs)
-
-
-@pytest.mark.parametrize("family", RECURRENT)
-def test_what_is_no_key_and_no_value_cannot_be_filled_in_late(family: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"can be scored; generate with --model hf\.$"):
-        check(Backbone(tiny(family)))
 
 
 def test_a_model_that_cannot_be_filled_in_late_is_refused_for_generation_only() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
@@ -107,6 +108,15 @@ def test_infinite_thresholds_are_the_first_candidate() -> None:
         close(lm.loglikelihood(requests), build(SpadeLayerLM, layer=2).loglikelihood(requests))
     lm = exit_lm(99, LensExitLM, min_layer=2)
     close(lm.loglikelihood(requests), build(LogitLensLM, layer=2).loglikelihood(requests))
+
+
+def test_states_in_fp32_beside_weights_of_half_precision_are_not_rounded_where_they_exit() -> None:
+    requests = instances([pair for pair in task_pairs() if len(pair[0]) > 1])
+    network = copy.deepcopy(model("mamba")).bfloat16()
+    common = {"pretrained": network, "tokenizer": byte_tokenizer(), "batch_size": 4}
+    exits = SpadeExitLM(threshold="inf", lens="identity", interval=1, min_layer=2, **common)
+    fixed = SpadeLayerLM(layer=2, **common)
+    close(exits.loglikelihood(requests), fixed.loglikelihood(requests))
 
 
 def test_thresholds_change_the_scores_of_answers_of_several_tokens() -> None:

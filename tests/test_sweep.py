@@ -489,6 +489,12 @@ def test_a_sweep_is_not_resumed_with_another_model_or_other_arguments(
         run(tmp_path / "out", resume=True, lm=other)
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_empty_folder_is_free(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").mkdir()
+    assert len(run(tmp_path / "out", overwrite=overwrite))
+
+
 def test_other_files_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("")

@@ -200,7 +200,7 @@ class Descent:
     def _backward(self, rows: Tensor, positions: int) -> float:
         """Add the gradient of some rows' share of a batch's mean loss; return that share."""
         h, t = self.training.h[rows].float(), self.training.t[rows]
-        x, dtype = linear(h - self.mean, self.forward), self.backbone.model.dtype
+        x, dtype = linear(h - self.mean, self.forward), self.backbone.state_dtype
         mapped = h + self.ridge.whitening.scale * affine(x, *weight_and_bias(self.parameters))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             with torch.no_grad():

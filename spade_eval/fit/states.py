@@ -130,7 +130,7 @@ def collect(
         UserError: The disk is full.
     """
     shape = (count(todo), backbone.width)
-    dtype = backbone.model.dtype
+    dtype = backbone.state_dtype
     states = TeacherStates(
         hidden=[_mapped(folder / f"hidden-{layer}.bin", shape, dtype) for layer in layers],
         teacher=[_mapped(folder / f"teacher-{layer}.bin", shape, dtype) for layer in layers]

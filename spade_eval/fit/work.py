@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -14,7 +15,6 @@ from spade_eval.lm.cache import differences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SETTINGS = "settings.json"
 LOCK = "lock"
@@ -32,7 +32,7 @@ def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> Non
     Raises:
         UserError: Says what is there and what to do.
     """
-    if output.exists() and not overwrite:
+    if taken(output) and not overwrite:
         raise UserError(f"{output} exists. Give another --output, or --overwrite to replace it.")
     if work.exists() and not (resume or overwrite):
         raise UserError(
@@ -41,6 +41,16 @@ def require_free(output: Path, work: Path, resume: bool, overwrite: bool) -> Non
         )
     if resume and not work.exists():
         raise UserError(f"There is nothing to resume: {work} does not exist. Leave --resume out.")
+
+
+def taken(output: Path) -> bool:
+    """Whether there is anything at `output` but an empty folder.
+
+    A rename will take the folder's place, so the one that the user stands in is taken, too.
+    """
+    if not output.is_dir() or output.samefile(Path.cwd()):
+        return output.exists()
+    return any(output.iterdir())
 
 
 @contextmanager

@@ -285,6 +285,7 @@ class SpadeLM(LoadedLM):
         spade: dict[str, object] = {
             **self._settings(),
             "layers": self.backbone.n_layers,
+            "keeps_keys": self.backbone.keeps_keys,
             "start_token": "add_bos_token" if self.add_bos_token else "first token as fed",
             "model": self._model_source,
             "revision": str(self.revision),

@@ -75,7 +75,7 @@ def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: boo
     check(lens, backbone.model, _name(name), force=force)
     # A copy, since the lens may be the caller's own, for other models too.
     own = copy.deepcopy(lens) if lens is name else lens
-    return own.to(device=backbone.device, dtype=backbone.model.dtype).requires_grad_(False)
+    return own.to(device=backbone.device, dtype=backbone.state_dtype).requires_grad_(False)
 
 
 def prices(

@@ -221,6 +221,8 @@ def _write(
     if overwrite and output.exists():
         require_replaceable(output)
         shutil.rmtree(output)
+    elif output.exists():
+        output.rmdir()  # an empty one was free to take; another stays, and this fails
     output.parent.mkdir(parents=True, exist_ok=True)
     ready.rename(output)
     work.clear(settings.work)

@@ -74,11 +74,11 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
         UserError: Says what is there, what differs, and what to do.
     """
     output, work_folder = settings.output, settings.work
-    if output.is_file() or (output.exists() and not (output / CONFIG).is_file()):
+    if work.taken(output) and not (output / CONFIG).is_file():
         raise UserError(f"{output} is no sweep's folder: give another --output.")
     if overwrite:
         require_replaceable(output)
-    elif output.exists():
+    elif work.taken(output):
         raise UserError(
             f"{output} holds a sweep{_apart(output / CONFIG, settings)}. Give another --output, or "
             "--overwrite to replace it."
