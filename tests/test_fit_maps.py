@@ -180,6 +180,15 @@ def test_soft_cross_entropy_and_its_gradient_are_autograds() -> None:
     assert torch.equal(teacher, before[1])
 
 
+def test_sums_over_a_large_vocabulary_keep_their_digits() -> None:
+    """Penalties and epochs are chosen by differences of a thousandth."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (3 * torch.randn(100, 50_000, generator=generator) for _ in range(2))
+    exact = -(teacher.double().softmax(-1) * logits.double().log_softmax(-1)).sum()
+    loss, _ = soft_cross_entropy(logits, teacher)
+    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
+
+
 def test_soft_cross_entropy_of_narrow_logits_is_computed_in_fp32() -> None:
     logits, teacher = 9 * random(5, 3000), 9 * random(5, 3000, seed=1)
     narrow = logits.bfloat16(), teacher.bfloat16()
