@@ -27,6 +27,7 @@ from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.fit import states
 from spade_eval.fit.descent import Descent
+from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.progress import Progress
 from spade_eval.fit.run import fit
 from spade_eval.fit.settings import FitSettings, layer_list
@@ -120,6 +121,8 @@ def test_a_lens_from_a_text_file(decoder: str, text: Path, tmp_path: Path) -> No
     assert told["bill"]["held_out_documents"] == n // 10
     assert told["n_positions"] == 150
     assert told["bill"]["held_out_positions"] == 15
+    fast = bf16_is_fast(torch.device("cpu"))
+    assert told["bill"]["precision"] == ("bfloat16" if fast else "float32")
     assert told["tokens"] > 150
     assert (told["seed"], told["positions"], told["rank"]) == (3, "all", None)
     assert (told["command"], told["adapter"]) == ("spade-eval fit ...", None)
