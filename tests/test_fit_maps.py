@@ -461,15 +461,19 @@ def test_descent_learns_and_ends_no_worse_than_ridge(rank: int | None, bf16: boo
     assert on_training[1] < on_training[0] - 0.05
 
 
-def test_training_stops_when_an_epoch_is_no_better_and_keeps_the_best() -> None:
+def test_epochs_that_are_no_better_are_passed_over_and_the_best_is_kept() -> None:
+    """While the learning rate is high the loss may rise above that of the ridge map."""
     backbone, training, held_out = toy()
-    recipe = replace(FAST, learning_rate=30.0, epochs=9)  # far too high
-    descent = Descent(backbone, training, held_out, recipe, layer=2)
-    first, last = run(descent)
-    assert last.finished
-    assert last.losses[1] > last.losses[0]
-    assert torch.equal(last.best.weight, first.best.weight)
-    assert measure(backbone, last.best, held_out)["ce"] == pytest.approx(last.losses[0], abs=1e-5)
+    for rate, best in ((0.1, 6), (30.0, 0)):  # high, and far too high
+        recipe = replace(FAST, learning_rate=rate, epochs=6)
+        states_ = run(Descent(backbone, training, held_out, recipe, layer=2))
+        last = states_[-1]
+        assert last.finished and len(last.losses) == 7
+        assert last.losses[1] > last.losses[0]
+        assert last.losses.index(min(last.losses)) == best
+        assert torch.equal(last.best.weight, states_[best].best.weight)
+        kept = measure(backbone, last.best, held_out)["ce"]
+        assert kept == pytest.approx(last.losses[best], abs=1e-5)
 
 
 def test_no_epochs_is_the_ridge_solution() -> None:

@@ -42,7 +42,7 @@ class Recipe:
     """How maps are trained.
 
     Attributes:
-        epochs: Passes over the training positions, at most.
+        epochs: Passes over the training positions.
         batch: Positions per step.
         learning_rate: Adam's highest, in units of the teacher states' root mean square per unit of
             whitened input; it rises over the first tenth of the steps and falls to zero.
@@ -86,7 +86,7 @@ class Descent:
     Args:
         backbone: The model whose norm and head read the map.
         training: What to fit.
-        held_out: Decides about the ridge penalty, which epoch is kept, and when to stop.
+        held_out: Decides about the ridge penalty, and which epoch is kept.
         recipe: How.
         layer: The map's layer.
     """
@@ -142,9 +142,11 @@ class Descent:
         )
 
     def epochs(self, progress: Progress) -> Iterator[Progress]:
-        """Go on behind `progress` until an epoch is no better than the best before it.
+        """Go on behind `progress` to the last epoch.
 
-        A loss that is not finite ends the training too, with the best map so far.
+        An epoch that is no better ends nothing: the learning rate is high until late, and only then
+        does the loss fall below that of a good ridge map. One that is not finite ends the training,
+        with the best map so far.
         """
         self._restore(progress)
         while not progress.finished:
@@ -161,7 +163,7 @@ class Descent:
                     ridge=progress.ridge,
                     penalty=progress.penalty,
                     best=here if better else progress.best,
-                    finished=not better or epoch >= self.recipe.epochs,
+                    finished=stopped is not None or epoch >= self.recipe.epochs,
                     stopped=stopped,
                     seconds=progress.seconds,
                 )
