@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,14 +25,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message, with a hint."""
-        options = [option for action in self._actions for option in action.option_strings]
-        words = message.split()
-        hint = next((h for w in words if w.startswith("--") if (h := _near(w, options))), "")
+        hint = ""
+        if choice := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):
+            hint = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif message.startswith("unrecognized arguments"):
+            options = [option for action in self._actions for option in action.option_strings]
+            words = [word for word in message.split() if word.startswith("--")]
+            hint = next((h for word in words if (h := did_you_mean(word, options))), "")
         raise UserError(f"{message}.{hint} `{self.prog} --help` lists the arguments.")
-
-
-def _near(word: str, options: Sequence[str]) -> str:
-    return "" if word in options else did_you_mean(word, options)
 
 
 def add_place(p: Parser) -> None:

@@ -142,9 +142,13 @@ def check(backbone: Backbone) -> None:
     Raises:
         UnsupportedModelError: They cannot, or it keeps no cache that ours can stand in for.
     """
-    # Some layers keep their state in themselves, and would pass for others in half precision.
-    more = None if backbone.keeps_keys else ("it keeps more than these", None)
-    if failed := more or checks.failure(_late, backbone):
+    if not backbone.keeps_keys:
+        raise UnsupportedModelError(
+            f"{backbone.name} keeps more than keys and values (a recurrent state, say), which "
+            "cannot be filled in late: no text from inner layers, nor with exits. It can be scored; "
+            "generate with --model hf."
+        )
+    if failed := checks.failure(_late, backbone):
         found, cause = failed
         raise UnsupportedModelError(
             f"{backbone.name} cannot generate with exits: keys and values that are filled in late "

@@ -599,7 +599,7 @@ def test_few_positions_are_no_worse_than_no_map(tmp_path: Path) -> None:
         (["--max_positions", "5"], "--max_positions 5: give a whole number from 10 up"),
         (["--epochs", "-1"], "--epochs -1: give a whole number from 0 up"),
         (["--rank", "0"], "--rank 0: give a whole number from 1 up"),
-        (["--decoder", "tuned"], "invalid choice: 'tuned'"),
+        (["--decoder", "tunedlens"], "Did you mean 'tuned_lens'?"),
         (["--layres", "3"], "Did you mean '--layers'?"),
         (["--tasks", "arc_easy"], "not allowed with argument"),
         (["--positions", "answers"], "invalid choice: 'answers'"),

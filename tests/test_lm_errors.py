@@ -79,7 +79,7 @@ def test_arguments_are_checked_before_weights_are_loaded(tmp_path: Path) -> None
     ]:
         with pytest.raises(UserError, match=message):
             SpadeLayerLM(pretrained=str(tmp_path), device="cpu", **arguments)
-    with pytest.raises(OSError, match="no file named"):
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*no file named"):
         SpadeLayerLM(pretrained=str(tmp_path), device="cpu", layer=1)
 
 
@@ -100,6 +100,14 @@ def test_config_attributes_and_from_pretrained_arguments_pass(tmp_path: Path) ->
 @pytest.mark.parametrize(("typed", "layer"), [("layer=-1", 4), ("layer=-3", 2), ("layer=0", 0)])
 def test_layers_as_the_command_line_reads_them(typed: str, layer: int) -> None:
     assert build(SpadeLayerLM, **key_val_to_dict(typed)).layer == layer
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "nobody/no-such-model"])
+def test_a_model_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^pretrained={name} cannot be loaded \(.+\). Give a model's"
+    ):
+        SpadeLayerLM(pretrained=name, layer=1)
 
 
 def test_encoder_decoder_models_are_refused(tmp_path: Path) -> None:

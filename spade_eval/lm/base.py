@@ -49,6 +49,12 @@ class SpadeLM(LoadedLM):
 
     def __init__(self, pretrained: Any = None, **kwargs: Any):
         super().__init__(pretrained, **kwargs)
+        if not self.backbone.keeps_keys:
+            log.warning(
+                "%s keeps more than keys and values: two-token tails compute both of their tokens, "
+                "every answer has a row of its own, and tasks that generate text will be refused.",
+                self.backbone.name,
+            )
         self.account = Account()
         self.prices = self._prices(checks.head_operations(self.backbone) / self.backbone.operations)
         self._source = Source([], np.zeros(0, dtype=bool))

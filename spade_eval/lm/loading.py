@@ -53,7 +53,13 @@ class LoadedLM(HFLM):
                     "peft= is for models that are loaded here. Put the adapter on the model "
                     "(peft.PeftModel.from_pretrained) and pass the result as pretrained."
                 )
-        super().__init__(pretrained=pretrained, **kwargs)
+        try:
+            super().__init__(pretrained=pretrained, **kwargs)
+        except OSError as err:  # transformers' and huggingface_hub's, of many lines
+            raise UserError(
+                f"pretrained={self._model_source} cannot be loaded ({str(err).splitlines()[0]}). "
+                "Give a model's folder, or a Hub id that is in the cache or can be reached."
+            ) from err
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
             raise UserError(
                 f"add_bos_token=True, but the tokenizer of {self._model_source} has no BOS token. "
