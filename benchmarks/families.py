@@ -195,6 +195,10 @@ def page(lines: list[Line]) -> str:
         f"from every layer, {count['no']} are refused, and {count['not tried']} were not tried, "
         "for want of a small config. [families.csv](families.csv) has a line for each.",
         "",
+        "Other weights may fail another check first. Of encoder-decoder families the decoder alone "
+        "is meant (`BartForCausalLM`), and every type in its usual form: BERT and its kin without "
+        "`is_decoder`, Gemma 4 without layers that share keys, which is refused where it has them.",
+        "",
     ]
     for kind, types in sorted(found.items(), key=lambda pair: -len(pair[1])):
         text += [f"**{kind[0].upper()}{kind[1:]}** ({len(types)}): {', '.join(types)}.", ""]

@@ -145,8 +145,8 @@ def check(backbone: Backbone) -> None:
     if not backbone.keeps_keys:
         raise UnsupportedModelError(
             f"{backbone.name} keeps more than keys and values (a recurrent state, say), which "
-            "cannot be filled in late: no text from inner layers, nor with exits. It can be scored; "
-            "generate with --model hf."
+            "cannot be filled in late: no text from inner layers, nor with exits. It can be "
+            "scored; generate with --model hf."
         )
     if failed := checks.failure(_late, backbone):
         found, cause = failed

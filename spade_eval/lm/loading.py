@@ -56,8 +56,9 @@ class LoadedLM(HFLM):
         try:
             super().__init__(pretrained=pretrained, **kwargs)
         except OSError as err:  # transformers' and huggingface_hub's, of many lines
+            why = (str(err) or type(err).__name__).splitlines()[0].rstrip(".")
             raise UserError(
-                f"pretrained={self._model_source} cannot be loaded ({str(err).splitlines()[0]}). "
+                f"pretrained={self._model_source} cannot be loaded ({why}). "
                 "Give a model's folder, or a Hub id that is in the cache or can be reached."
             ) from err
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
