@@ -19,6 +19,30 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_SIZES = {"width": "width", "n_layers": "number of layers"}
+
+
+def require_size(config: LensConfig, name: str, model_name: str, **sizes: int) -> None:
+    """Make sure that a lens has the size of a model.
+
+    Args:
+        config: The lens's.
+        name: The lens, for messages.
+        model_name: The model, for messages.
+        **sizes: What is known of the model: `width`, `n_layers`.
+
+    Raises:
+        UserError: It has another; says what it has and what the model has.
+    """
+    for size, models in sizes.items():
+        if (its := getattr(config, size)) != models:
+            raise UserError(
+                f"lens={name} does not fit {model_name}: its {_SIZES[size]} is {its}, the model's "
+                f"is {models}. Give a lens that was fitted for this model, or its model "
+                f"({config.base_model})."
+            )
+
+
 def check(
     lens: LinearLens | LensConfig, model: PreTrainedModel, name: str, force: bool = False
 ) -> None:
@@ -37,16 +61,7 @@ def check(
     model_name = model.config.name_or_path or type(unwrap_peft(model)).__name__
     n_layers = len(find_layers(model, model_name).layers)
     width = cast("int", model.config.get_text_config().hidden_size)
-    for what, its, models in (
-        ("width", config.width, width),
-        ("number of layers", config.n_layers, n_layers),
-    ):
-        if its != models:
-            raise UserError(
-                f"lens={name} does not fit {model_name}: its {what} is {its}, the model's is "
-                f"{models}. Give a lens that was fitted for this model, or its model "
-                f"({config.base_model})."
-            )
+    require_size(config, name, model_name, width=width, n_layers=n_layers)
     if config.decoder == "identity":
         return
     differs = []

@@ -304,6 +304,13 @@ def test_bad_arguments_cost_no_loading(folder: Path, arguments: dict, message: s
         SpadeExitLM(pretrained=str(folder), device="cpu", **given)
 
 
+def test_a_lens_of_a_deeper_model_costs_no_loading(folder: Path) -> None:
+    """And is not told about its maps first."""
+    deep = LinearLens(LensConfig("l_spade", "deep", 30, 32, (20, 22)))
+    with pytest.raises(UserError, match=r"its number of layers is 30, the model's is 4\."):
+        SpadeExitLM(pretrained=str(folder), device="cpu", threshold=1, lens=deep)
+
+
 def test_a_lens_without_maps_there_costs_no_loading(folder: Path) -> None:
     for arguments, message in [
         ({}, r"no map at a layer where an exit may happen. Its maps: 1, 4; asked with interval=2,min_layer=2: 2"),

@@ -123,6 +123,7 @@ class SpadeExitLM(SpadeLM):
         self._log = None if log_path is None else ExitLog(log_path, self.rank)
 
     def _check_config(self, n_layers: int) -> None:
+        lenses.require_depth(self._loaded, n_layers, self._lens_name, self._model_source)
         maps = range(n_layers + 1) if self._loaded is None else self._loaded.available
         self.rule.candidates(n_layers, maps)
 

@@ -141,6 +141,7 @@ class LinearLensLM(FixedLayerLM):
         self.decoder = Linear(self._lens)
 
     def _check_config(self, n_layers: int) -> None:
+        lenses.require_depth(self._lens, n_layers, self._lens_name, self._model_source)
         super()._check_config(n_layers)
         lenses.require_layer(self._lens, arguments.layer(self.layer, n_layers), self._lens_name)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint, digest
 from spade_eval.lens import LinearLens
-from spade_eval.lens_match import check
+from spade_eval.lens_match import check, require_size
 from spade_eval.lm.cache import config_digest, weights_digest
 from spade_eval.tally import Prices
 
@@ -49,6 +49,16 @@ def load(
             )
         lens = DEFAULT_LENS
     return LinearLens.from_pretrained(lens)
+
+
+def require_depth(lens: LinearLens | None, n_layers: int, name: object, model_name: str) -> None:
+    """Make sure that a lens has as many layers as a model, before that is loaded.
+
+    Raises:
+        UserError: Names both numbers.
+    """
+    if lens is not None:
+        require_size(lens.config, _name(name), model_name, n_layers=n_layers)
 
 
 def require_layer(lens: LinearLens | None, layer: int, name: object) -> None:
