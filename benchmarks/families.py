@@ -145,7 +145,7 @@ def tiny(model_type: str) -> tuple[Any, str]:
             with torch.no_grad():
                 model(input_ids=torch.tensor([[5, 7, 9]]), use_cache=False)
         except Exception as err:
-            why = why or f"{type(err).__name__}: {err}"
+            why = why or _one_line(f"{type(err).__name__}: {err}")
         else:
             return model, ""
     return None, why
@@ -160,7 +160,8 @@ def look(model_type: str, class_name: str) -> Line:
     try:
         backbone = Backbone(model)
     except UnsupportedModelError as err:
-        line.decoded, line.why = "no", str(err).removeprefix(f"{type(model).__name__} ")
+        line.decoded = "no"
+        line.why = _one_line(str(err).removeprefix(f"{type(model).__name__} "))
         return line
     line.decoded = "yes"
     line.tail, line.packs = 1 if backbone.keeps_keys else 2, backbone.packs
@@ -170,6 +171,10 @@ def look(model_type: str, class_name: str) -> Line:
     except UnsupportedModelError:
         line.generates = False
     return line
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _late(*_: Any) -> None:
@@ -184,7 +189,7 @@ def page(lines: list[Line]) -> str:
     for line in lines:
         if line.decoded == "yes":
             kind = "tails of one token" if line.tail == 1 else "tails of two tokens"
-            kind += ", rows packed" if line.packs else ", a row for every answer"
+            kind += ", rows packed" if line.packs else ", a row for every sequence"
             kind += ", text with exits" if line.generates else ", no text with exits"
             found.setdefault(kind, []).append(line.type)
     text = [
@@ -206,7 +211,7 @@ def page(lines: list[Line]) -> str:
         text += [f"**{title}**", "", "| type | why |", "|---|---|"]
         for line in lines:
             if line.decoded == decoded:
-                why = " ".join(line.why.split()).split(". Supported are")[0].replace("|", "/")
+                why = line.why.split(". Supported are")[0].replace("|", "/")
                 text.append(f"| {line.type} | {why[:160]} |")
         text.append("")
     return "\n".join(text)

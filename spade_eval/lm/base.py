@@ -52,7 +52,7 @@ class SpadeLM(LoadedLM):
         if not self.backbone.keeps_keys:
             log.warning(
                 "%s keeps more than keys and values: two-token tails compute both of their tokens, "
-                "every answer has a row of its own, and tasks that generate text will be refused.",
+                "no two sequences share a row, and tasks that generate text will be refused.",
                 self.backbone.name,
             )
         self.account = Account()

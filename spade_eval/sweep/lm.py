@@ -233,7 +233,9 @@ class SweepLM(SpadeLM):
             tails: Tokens that go on as pairs at each scored position, (P,).
             first: Whether position 0 is answered by the start token's own states.
         """
-        asked = (tails > 0) | ((batch.scored_positions == 0) if first else False)
+        asked = tails > 0
+        if first:
+            asked |= batch.scored_positions == 0
         used = set(batch.start_ids[asked].tolist())
         new = used - self._started[cell]
         self._started[cell] |= new
