@@ -215,8 +215,8 @@ def measure(
 def _dot(p: Tensor, log_q: Tensor) -> Tensor:
     """Sum of products, (P, V) twice to a scalar.
 
-    Row by row: `torch.dot` of all numbers at once loses four digits in fp32, other ones with other
-    threads, and which penalty and which epoch are best would be left to chance.
+    Row by row: `torch.dot` of all numbers at once is off by a thousandth in fp32, and by another
+    amount with other threads.
     """
     return torch.linalg.vecdot(p, log_q).sum()
 
