@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 # Where lm-eval checks its input: an error raised there is about the command line, and its message
 # is all the user needs. Raised anywhere else it may be a bug, and keeps its traceback.
-_INPUT_CHECKS = ("lm_eval.config.", "lm_eval.evaluator", "lm_eval.api.registry")
+_INPUT_CHECKS = (
+    "lm_eval.config.", "lm_eval.evaluator", "lm_eval.api.registry", "lm_eval.api.model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

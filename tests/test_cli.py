@@ -204,6 +204,7 @@ def test_a_bug_in_a_model_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
     [
         (["--model", "dummy", "--tasks", "no_such_task"], "Tasks not found: no_such_task"),
         (["--model", "spade_layr", "--tasks", "spade_mini_science"], "spade_layer"),
+        (["--tasks", "spade_mini_science"], "HFLM.__init__() missing"),
         (["--config", "no_such_file.yaml"], "Config file not found"),
         (["--model", "dummy", "--tasks", "spade_mini_science", "--log_samples"], "--output_path"),
     ],

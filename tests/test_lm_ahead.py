@@ -130,6 +130,23 @@ def test_blocks_are_bounded_in_texts_and_in_characters(monkeypatch: pytest.Monke
     assert [size for size in counted.sizes if size > 1] == [5, 5, 4, 2]
 
 
+@given(choices=st.integers(1, 6), block=st.integers(7, 12), questions=st.integers(1, 40))
+def test_questions_with_choices_are_encoded_in_blocks_to_the_end(
+    choices: int, block: int, questions: int
+) -> None:
+    """A block may end just before a context that it holds already, asked with its next choice."""
+    own = byte_tokenizer()
+    alone = []
+    pairs = [(f"question {q}", f" {c}") for q in range(questions) for c in range(choices)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "BLOCK", block)
+        texts = list(texts_of(pairs))
+        found = Ahead(texts, own, lambda text: alone.append(text) or own.encode(text), "<bos>")
+        for text in texts:
+            assert found.get(text) == own.encode(text)
+    assert len(alone) <= -(-len(set(texts)) // block) + 1  # one at the head of each block
+
+
 def test_other_texts_leave_the_blocks_where_they_are() -> None:
     own = byte_tokenizer()
     counted = Counted(own)

@@ -271,6 +271,13 @@ def test_several_models_and_nested_folders(tmp_path: Path) -> None:
         "layers-b-accuracy.png",
     }
 
+    again = build.make_report([tmp_path / "all" / "a"], tmp_path / "out")
+    tables, figures = again.remarks  # b's files are still there, and told
+    assert "figures also holds files not of this report" in figures
+    assert "layers-b-accuracy.csv" in figures
+    assert "layers-a-" not in figures
+    assert "-b.csv" in tables
+
 
 def test_sweeps_of_one_model_are_put_together(tmp_path: Path) -> None:
     one, other = (
@@ -512,6 +519,22 @@ def test_settings_chosen_on_other_documents(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"same documents as .*test \(arc: test\[:9\]\)"):
         build.make_report([test], tmp_path / "out", parts[:1])
     build.make_report(parts[:1], tmp_path / "apart", parts[1:])
+    first, same, one = (
+        sweep_folder(
+            tmp_path / name,
+            pd.DataFrame([cell("full", "arc", 0.7, layer=12)], columns=COLUMNS),
+            tasks={"arc": {"split": split, "rows": "validation"}},
+            settings={"limit": limit},
+        )
+        for name, split, limit in (
+            ("first", "test", 9),  # this data set's test split is its validation split
+            ("same", "validation", 40),
+            ("one", "validation[9:]", 40),
+        )
+    )
+    with pytest.raises(UserError, match=r"same documents as .*first \(arc: validation\)"):
+        build.make_report([first], tmp_path / "out", [same])
+    build.make_report([first], tmp_path / "first-9", [one])
     cells = pd.DataFrame([cell("full", "arc", 0.7, layer=12, model="big")], columns=COLUMNS)
     bigger = sweep_folder(tmp_path / "big", cells)
     with pytest.raises(UserError, match=r"no sweep of tiny in .*big, only of big"):

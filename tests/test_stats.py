@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spade_eval.report.stats import AGGREGATIONS, aggregation_of, holm, paired, unpaired
 
-(MEAN,) = AGGREGATIONS[1]
+MEAN, LONE_PERPLEXITY = AGGREGATIONS[1]
 PERPLEXITY, BITS = AGGREGATIONS[2]
 
 
@@ -113,6 +113,8 @@ def test_the_aggregation_is_the_one_that_gives_the_reported_value() -> None:
     pairs = np.array([[-20.0, 10.0], [-30.0, 5.0]])
     assert aggregation_of(np.array([0.0, 1.0, 1.0]), 2 / 3) is MEAN
     assert aggregation_of(pairs, math.exp(50 / 15)) is PERPLEXITY
+    # LAMBADA's, of log-likelihoods without weights.
+    assert aggregation_of(np.array([-1.0, -2.5]), math.exp(3.5 / 2)) is LONE_PERPLEXITY
     assert aggregation_of(pairs, 50 / 15 / math.log(2)) is BITS
     assert aggregation_of(np.array([0.0, 1.0, 1.0]), 0.8) is None  # F1, say
     assert aggregation_of(np.array([0.0, math.nan]), 0.0) is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import torch
 from lm_eval.api.utils import maybe_delimit
 from lm_eval.tasks import TaskManager
 
@@ -172,7 +175,11 @@ def task_manager(include_path: Any) -> TaskManager:
 
 
 def load_tasks(names: Sequence[str], include_path: Any) -> dict[str, Any]:
-    """Build the named tasks, each once, in the order of the names."""
+    """Build the named tasks, each once, in the order of the names.
+
+    Some shuffle their answers as they are built, with the random numbers of the process: each is
+    built as `lm_eval --tasks NAME` alone builds it.
+    """
     manager = task_manager(include_path)
     tasks: dict[str, Any] = {}
     for name in names:
@@ -183,10 +190,18 @@ def load_tasks(names: Sequence[str], include_path: Any) -> dict[str, Any]:
         for spec in found:
             if spec not in tasks:
                 with blaming(f"task {spec} cannot be loaded"):
+                    _seed_like_lm_eval()
                     tasks.update(manager.load(spec)["tasks"])
     if not tasks:
         raise UserError("no task is named: give at least one.")
     return tasks
+
+
+def _seed_like_lm_eval() -> None:
+    """The defaults of lm-eval's `--seed`, which it sets before it builds tasks."""
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
 
 
 def right_answer(lm: HFLM, task: Any, row: Any) -> list[TokenPair]:

@@ -79,12 +79,15 @@ class Ahead:
         return self._known[text]
 
     def _block(self) -> list[str]:
-        """The next texts, each once."""
+        """The next texts, each once; what comes after them is in none of the kept blocks."""
         block: dict[str, None] = {}
         characters = 0
-        while self._next is not None and len(block) < BLOCK and characters < CHARACTERS:
-            block[self._next] = None
-            characters += len(self._next)
+        while self._next is not None:
+            if self._next not in block and self._next not in self._known:
+                if len(block) == BLOCK or characters >= CHARACTERS:
+                    break
+                block[self._next] = None
+                characters += len(self._next)
             self._next = next(self._texts, None)
         return list(block)
 

@@ -18,7 +18,6 @@ from spade_eval.report.spaces import space_figures
 from spade_eval.report.styles import save, styled
 from spade_eval.report.sweeps import DOCUMENTS, by_model, is_sweep, read_sweep, short_adapters
 from spade_eval.report.tables import leaderboard, sweep_tables
-from spade_eval.splits import Split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,7 +44,8 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
     Args:
         inputs: Folders of `spade-eval sweep`, results files or folders of lm-eval, or folders that
             hold such.
-        output: Folder of the report; files of the same names in it are replaced.
+        output: Folder of the report; files of the same names in it are replaced, others stay and
+            are remarked on.
         chosen_on: Folders of sweeps of other documents, on which settings are chosen.
 
     Raises:
@@ -70,7 +70,20 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
             for plot in tqdm(_figures(sweep), desc="Figures", unit="figure", disable=None):
                 plots.append((plot, _write_plot(plot, output / "figures")))
     write_page(output / "report.html", sources, remarks, plots, tables)
+    remarks += _left(output / "tables", [table.name for table in tables])
+    remarks += _left(output / "figures", [plot.name for plot, _ in plots])
     return Made(len(tables), len(plots), remarks)
+
+
+def _left(folder: Path, names: Sequence[str]) -> list[str]:
+    """A remark on files of other names, which may be an earlier report's."""
+    found = (
+        sorted(p.name for p in folder.iterdir() if p.stem not in names) if folder.exists() else []
+    )
+    if not found:
+        return []
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return [f"{folder} also holds files not of this report: {', '.join(found[:4])}{more}."]
 
 
 def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run]]:
@@ -119,11 +132,14 @@ def _choosers(
     for sweep, other in product(sweeps, others):
         if other.model != sweep.model:
             continue
-        if same := _same_documents(other, sweep):
+        tasks = sorted(set(sweep.cells["task"]))
+        if same := [
+            f"{task}: {other.made(task)['split']}" for task in tasks if sweep.shares(other, task)
+        ]:
             raise UserError(
                 f"--chosen-on: {other.source} is of the same documents as {sweep.source} "
-                f"({', '.join(f'{task}: {split}' for task, split in same)}). Sweep others: "
-                "spade-eval sweep --split, of one split as validation[:500] and validation[500:]."
+                f"({', '.join(same)}). Sweep others: spade-eval sweep --split, of one split as "
+                "validation[:500] and validation[500:]."
             )
         for _, task in sorted(sweep.subjects & other.subjects):
             if apart := other.apart(sweep, task, but=DOCUMENTS):
@@ -140,15 +156,6 @@ def _choosers(
             "sweep --split validation."
         )
     return found
-
-
-def _same_documents(one: Sweep, other: Sweep) -> list[tuple[str, str]]:
-    """Tasks of which two sweeps may have documents in common, each with the split of the first."""
-    return sorted(
-        (task, split)
-        for task, split in one.splits.items()
-        if task in other.splits and Split.parse(split).overlaps(Split.parse(other.splits[task]))
-    )
 
 
 def _figures(sweep: Sweep) -> Iterator[Plot]:

@@ -131,6 +131,11 @@ def _mean(outcomes: Values) -> Values:
     return outcomes.mean(-1)
 
 
+def _perplexity(outcomes: Values) -> Values:
+    """Log-likelihoods (..., N) -> (...)."""
+    return np.exp(-outcomes.mean(-1))
+
+
 def _weighted_perplexity(outcomes: Values) -> Values:
     """Log-likelihoods and weights (..., N, 2) -> (...)."""
     total = outcomes.sum(-2)
@@ -144,7 +149,7 @@ def _bits_per_unit(outcomes: Values) -> Values:
 
 
 AGGREGATIONS: dict[int, tuple[Callable[[Values], Values], ...]] = {
-    1: (_mean,),
+    1: (_mean, _perplexity),
     2: (_weighted_perplexity, _bits_per_unit),
 }
 """How lm-eval makes one number of the documents' outcomes, by the number of their axes."""

@@ -83,7 +83,8 @@ def _remarks(found: Comparison) -> list[str]:
     if "z" in tests:
         notes.append(
             "z tests compare averages by their standard errors and overlook small differences; "
-            "with --log_samples in both runs documents are paired."
+            "with --log_samples in both runs documents are paired, where a metric is a mean over "
+            "them or a perplexity."
         )
     if "none" in tests:
         notes.append("Without samples or a standard error there is no test.")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from spade_eval.errors import UserError
 from spade_eval.report.files import load_json
+from spade_eval.splits import Split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,11 +65,22 @@ class Sweep:
         """The model's name."""
         return str(self.cells["model"].iloc[0])
 
-    @property
-    def splits(self) -> dict[str, str]:
-        """Whose documents were swept, by task, as far as sweep.json tells."""
-        known = {task: self.made(task).get("split") for task in _entry(self.about, "tasks")}
-        return {task: split for task, split in known.items() if split}
+    def shares(self, other: Sweep, task: str) -> bool:
+        """Whether both may have swept the same documents of a task, as far as sweep.json tells."""
+        return any(a.overlaps(b) for a in self._documents(task) for b in other._documents(task))
+
+    def _documents(self, task: str) -> Iterator[Split]:
+        """What was swept of a split: by our name, and by that which the data set gives it."""
+        own, limit = _entry(self.about, "tasks", task), _entry(self.about, "settings").get("limit")
+        if "split" not in own:
+            return
+        split = Split.parse(str(own["split"]))
+        if isinstance(limit, (int, float)) and limit >= 1:
+            end = split.start + int(limit)
+            split = replace(split, stop=end if split.stop is None else min(split.stop, end))
+        yield split
+        if "rows" in own:
+            yield replace(split, name=f"data set's {own['rows']}")
 
     @property
     def subjects(self) -> set[tuple[str, str]]:

@@ -223,8 +223,13 @@ def _outcomes(
             if same in known:
                 rows.append(known[same])
                 continue
-            found = metrics(replay, name, task, settings.limit, samples=True, errors=False)
+            found = metrics(replay, name, task, settings.limit, samples=True)
             samples = sorted(found[2] if found else [], key=lambda sample: sample["doc_id"])
+            if any(sample[METRIC] not in (0, 1) for sample in samples):
+                raise UserError(
+                    f"task {name}: its {METRIC} is a share of an answer, not right or wrong, and a "
+                    "guarantee counts documents. Leave it out."
+                )
             known[same] = [bool(sample[METRIC]) for sample in samples]
             rows.append(known[same])
     return np.array(rows)

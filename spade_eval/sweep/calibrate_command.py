@@ -169,9 +169,13 @@ def report(found: Calibration | None, curve: pd.DataFrame, settings: CalibrateSe
     from spade_eval.sweep.certify import least_drop
 
     n = curve.attrs["documents"]
-    changed = curve.drop_duplicates(["harmed", "acc", "mean_exit_layer"])
+    # The last of rows that say the same: there the next threshold changes something.
+    changed = curve.drop_duplicates(["harmed", "acc", "mean_exit_layer"], keep="last")
     step = max(1, -(-len(changed) // 20))
-    shown = changed.iloc[::step].to_string(index=False, float_format=lambda x: f"{x:.4f}")
+    kept = changed.index.isin(changed.index[::step])
+    if found is not None:
+        kept |= changed["threshold"] == found.threshold
+    shown = changed[kept].to_string(index=False, float_format=lambda x: f"{x:.4f}")
     shown += (
         f"\n\n{n} documents; the smallest drop that so many can certify with a confidence of "
         f"{settings.confidence} is {least_drop(n, settings.confidence):.4f}."

@@ -91,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", default="16", help="sequences at once (default: 16)")
     add_place(p)
     p.add_argument("--seed", type=int, default=1234, help="of few-shot examples (default: 1234)")
+    p.add_argument(
+        "--bootstrap_iters",
+        type=int,
+        default=1000,
+        help="for standard errors that have no formula (F1, LAMBADA's perplexity), of every cell; "
+        "lm_eval's own default, 100,000, takes hours (default: %(default)s; 0: none of any metric)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with a sweep that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace the table that is there")
     return p
@@ -130,6 +137,7 @@ def settings_of(args: argparse.Namespace) -> SweepSettings:
         keep_states=args.keep_states,
         batch_size=args.batch_size,
         seed=args.seed,
+        bootstrap_iters=args.bootstrap_iters,
     )
 
 

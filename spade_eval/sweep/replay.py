@@ -6,9 +6,11 @@ The requests of a task are built once, by the pass that computes. For each cell 
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
@@ -98,8 +100,34 @@ def requests_kept(task: Any) -> Iterator[None]:
         del task.build_all_requests
 
 
+def _perplexity(items: Any) -> float:
+    try:
+        return weighted_perplexity(items)
+    except OverflowError:  # 710 nats a word: an early lens on a script that many tokens spell
+        return math.inf
+
+
+@contextmanager
+def _unbounded(task: Any) -> Iterator[None]:
+    """Let perplexities of texts, which lm-eval gives no standard errors, overflow to infinity."""
+    by_metric = {
+        metric: _perplexity if aggregate is weighted_perplexity else aggregate
+        for metric, aggregate in task.aggregation().items()
+    }
+    task.aggregation = lambda: by_metric
+    try:
+        yield
+    finally:
+        del task.aggregation
+
+
 def metrics(
-    lm: LM, name: str, task: Any, limit: float | None, samples: bool = False, errors: bool = True
+    lm: LM,
+    name: str,
+    task: Any,
+    limit: float | None,
+    samples: bool = False,
+    bootstrap_iters: int = 0,
 ) -> tuple[dict[str, tuple[float, float | None]], int, list[dict[str, Any]]] | None:
     """Evaluate a task by lm-eval.
 
@@ -109,19 +137,20 @@ def metrics(
         task: The task.
         limit: Documents, as lm-eval's `--limit`.
         samples: Whether lm-eval's samples are wanted.
-        errors: Whether standard errors are.
+        bootstrap_iters: As lm-eval's; 0 leaves out all standard errors.
 
     Returns:
         Value and standard error of each metric, the number of documents, the samples; None on all
         processes but the first. A filter other than "none" is part of a metric's name.
     """
-    results = evaluate(
-        lm,
-        {"tasks": {name: task}, "groups": {}, "group_map": {}},
-        limit=limit,
-        log_samples=samples,
-        bootstrap_iters=100_000 if errors else 0,
-    )
+    with _unbounded(task):
+        results = evaluate(
+            lm,
+            {"tasks": {name: task}, "groups": {}, "group_map": {}},
+            limit=limit,
+            log_samples=samples,
+            bootstrap_iters=bootstrap_iters,
+        )
     if results is None:
         return None
     found: dict[str, tuple[float, float | None]] = {}

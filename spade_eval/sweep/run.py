@@ -17,7 +17,9 @@ from spade_eval.cost import Account
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
 from spade_eval.fit.memory import peak_memory
+from spade_eval.fit.rows import source_of
 from spade_eval.lm.cache import fingerprint
+from spade_eval.splits import Split
 from spade_eval.sweep import contexts, table
 from spade_eval.sweep.compute import compute, configure, quiet
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
@@ -149,7 +151,9 @@ def _replay(
             alone = lm.world_size == 1
             same = collected.answers(replay.cell) if alone else str(replay.cell).encode()
             if same not in known:
-                known[same] = metrics(replay, name, task, settings.limit)
+                known[same] = metrics(
+                    replay, name, task, settings.limit, bootstrap_iters=settings.bootstrap_iters
+                )
             account = Account()
             account.merge(lm.gather_object(collected.accounts[replay.cell]) or [])
             if known[same] is None:
@@ -181,9 +185,11 @@ def _file(task: str) -> str:
 
 
 def _about(task: Any, settings: SweepSettings, seconds: float, truncated: int) -> dict[str, Any]:
+    split = settings.split or ("test" if task.has_test_docs() else "validation")
     return {
         "version": task.VERSION if task.VERSION is not None else task.get_config("metadata"),
-        "split": settings.split or ("test" if task.has_test_docs() else "validation"),
+        "split": split,
+        "rows": source_of(task, Split.parse(split).name),  # the data set's name of the split
         "num_fewshot": task.get_config("num_fewshot"),
         "higher_is_better": task.higher_is_better(),
         "truncated_requests": truncated,

@@ -38,6 +38,7 @@ class SweepSettings:
         keep_states: Whether the hidden states where contexts end are written too.
         batch_size: As in lm-eval.
         seed: For few-shot examples.
+        bootstrap_iters: As lm-eval's.
     """
 
     output: Path
@@ -53,6 +54,7 @@ class SweepSettings:
     keep_states: bool = False
     batch_size: str = "16"
     seed: int = 1234
+    bootstrap_iters: int = 1000
 
     @property
     def work(self) -> Path:
