@@ -77,21 +77,23 @@ def require_own(model: PeftModel, name: str, revision: str | None) -> None:
         raise UserError(f"it has no weights for {len(lacks)} places, such as {lacks[0]}")
     if extra := sorted(found - allowed):
         raise UserError(f"{len(extra)} of its weights find no place, such as {extra[0]}")
-    recorded, here = record(name, revision).get("adapted"), adapted(model)
-    if recorded and here and not same(recorded, here):
+    recorded = record(name, revision).get("adapted")
+    if recorded and (here := adapted(model)) and not same(recorded, here):
         raise UserError(f"the weights that it changes were {recorded} and are {here}")
 
 
 def adapted(model: PeftModel) -> str:
     """Hash the weights that the active adapter changes, without the adapter.
 
-    Empty if they cannot be compared: quantised, or offloaded.
+    Empty if they cannot be compared: quantised, offloaded, or parameters of another name, as those
+    of experts.
     """
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
-    if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
-        return ""
-    return digest(("", weight) for weight in weights)
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    known = [
+        w for w in weights if isinstance(w, Tensor) and w.is_floating_point() and not w.is_meta
+    ]
+    return digest(("", weight) for weight in known) if len(known) == len(weights) else ""
 
 
 def record(name: str, revision: str | None) -> dict[str, Any]:

@@ -61,10 +61,30 @@ def read(
             watch(first, logits)
         here = slice(*np.searchsorted(read_at, (first, first + rows)))
         at, target = rows_at[here] - first, tokens[here]
-        # The same operation as HFLM's, so that its rounding cancels in a comparison.
-        logprobs[here] = logits.log_softmax(-1, dtype=softmax_dtype)[at, target]
-        greedy[here] = _is_argmax(logits, at, target)
+        logprobs[here], greedy[here] = pick(logits, at, target, softmax_dtype)
     return Answers(logprobs.tolist(), greedy.tolist())
+
+
+def pick(
+    logits: Tensor, at: Tensor, targets: Tensor, softmax_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What reads find in a block of logits.
+
+    Args:
+        logits: (P, V).
+        at: The row that each of N reads looks at, (N,).
+        targets: The token whose log-probability it asks for, (N,).
+        softmax_dtype: The log-softmax is computed in this type.
+
+    Returns:
+        Log-probabilities (N,), and whether each target is the most likely token, (N,).
+    """
+    asked, at = at.unique(return_inverse=True)
+    if len(asked) < len(logits):
+        logits = logits[asked]
+    # The same operation as HFLM's, so that its rounding cancels in a comparison.
+    logprobs = logits.log_softmax(-1, dtype=softmax_dtype)[at, targets]
+    return logprobs, _is_argmax(logits, at, targets)
 
 
 def _is_argmax(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,7 +172,7 @@ class Backbone:
         Args:
             h: States in the space of the last layer, (P, d). Callers bound P: the result holds P *
                 V numbers.
-            tokens: The columns wanted, (C,); the head computes no others.
+            tokens: The columns wanted, (C,); the head computes no others if it `narrows`.
 
         Returns:
             Logits (P, V), or (P, C), in the model's dtype.
@@ -186,6 +187,19 @@ class Backbone:
         with self._hollow(h[:, None]):  # (P, 1, d)
             out = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         return out.logits[:, 0]  # (P, V)
+
+    @cached_property
+    @torch.no_grad()
+    def narrows(self) -> bool:
+        """Whether the head can be computed at some of the vocabulary alone.
+
+        If not (it is adapted, quantised, or its weights come and go with hooks), `logits` computes
+        the whole head and drops what was not asked for.
+        """
+        h = torch.zeros(1, self.width, dtype=self.state_dtype, device=self.device)
+        one = torch.zeros(1, dtype=torch.long, device=self.device)
+        with narrow_head(self.model, self._head_places, one) as narrowed:
+            return narrowed and self.logits(h).shape[1] == 1
 
     def logits_rows(self, dtype: torch.dtype) -> int:
         """Rows whose logits in `dtype` fit the memory bound, at least one."""

@@ -4,6 +4,7 @@ A token that exits at layer l leaves no keys and values above l. Its state is ke
 and climbs on with the first later token that goes deeper:
 
     newest token, layers 1..l1 -> check -> exit: answer by the decoder, state pending at l1
+                                           (by the check's own logits, if its lens is the decoder)
                                 -> layers l1+1..l2, with everything that is pending at l1 -> check
                                 ...
                                 -> layer L: answer
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from spade_eval.caches import Columns, KeyValues, Span
-from spade_eval.decoders import States
+from spade_eval.decoders import Linear, States
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,9 +46,11 @@ class Work:
     Attributes:
         prompt: The prompt's tokens, as far as the first answer needed them, (B,).
         decode: Each further token, as far as its own answer needed it, (B,).
-        backfilled: What was left out before and a later token needed, (B,).
+        backfilled: What was left out before and a later token needed, and what was computed again
+            so that rows could share a call, (B,).
         tail: Answers in the two-token tail, (B,).
         checks: Confidences measured, (B,).
+        heads: Answers for which the head was computed; the others are those of a check, (B,).
     """
 
     prompt: Ints
@@ -55,11 +58,12 @@ class Work:
     backfilled: Ints
     tail: Ints
     checks: Ints
+    heads: Ints
 
     @classmethod
     def none(cls, rows: int) -> Work:
         """Nothing yet, for `rows` sequences."""
-        return cls(*(np.zeros(rows, dtype=np.int64) for _ in range(5)))
+        return cls(*(np.zeros(rows, dtype=np.int64) for _ in range(6)))
 
 
 @dataclass(frozen=True)
@@ -121,19 +125,27 @@ class Sequences:
         confidence = np.full(n, np.nan, dtype=np.float32)
         h = torch.empty(n, self.backbone.width, dtype=self.backbone.state_dtype, device=ids.device)
         open_ = np.arange(n)
+        to_read = np.ones(n, dtype=bool)  # by the decoder; checks may answer for the others
+        logits: list[tuple[Ints, Tensor]] = []
         for stop, layer in enumerate(stops):
             newest = self._climb(stop, open_)  # (len(open_), d)
             if layer == stops[-1]:
                 leaving = np.ones(len(open_), dtype=bool)
             else:
-                leaving = self._confident(newest, open_, layer, confidence)
+                leaving, own = self._confident(newest, open_, layer, confidence)
+                if own is not None and leaving.any():
+                    to_read[open_[leaving]] = False
+                    logits.append((open_[leaving], own))
             layers[open_[leaving]] = layer
             h[torch.from_numpy(open_[leaving])] = newest[torch.from_numpy(leaving)]
             open_ = open_[~leaving]
             if not len(open_):
                 break
         self._fed, self._lanes = ids.shape[1], {}
-        return Step(self._read(h, layers), layers, confidence)
+        if to_read.any():
+            rest = np.flatnonzero(to_read)
+            logits.append((rest, self._read(h, layers, rest)))
+        return Step(_merge(logits), layers, confidence)
 
     def keep(self, rows: Ints) -> None:
         """Go on with these rows alone, (B',)."""
@@ -154,9 +166,7 @@ class Sequences:
         """
         below, self._lanes = self._lanes, {}
         groups = _together(self._ends[stop, rows])
-        newest = [self._advance(stop, rows[some], below) for some in groups]
-        order = np.concatenate(groups).argsort()
-        return torch.cat(newest)[torch.from_numpy(order)]
+        return _merge([(some, self._advance(stop, rows[some], below)) for some in groups])
 
     def _advance(
         self, stop: int, rows: Ints, below: dict[tuple[int, bytes], tuple[Span, Lane]]
@@ -184,7 +194,7 @@ class Sequences:
         self._lanes[key] = span, lane
         self._keys.span = span
         self.backbone.advance(lane, to)
-        self._count(rows, held, to - depth)
+        self._count(rows, held, begin, to - depth)
         self._ends[stop, rows] = end
         if to != stops[-1]:
             self._states[stop].write(span, lane.h)
@@ -206,46 +216,64 @@ class Sequences:
 
     def _confident(
         self, h: Tensor, rows: Ints, layer: int, confidence: NDArray[np.float32]
-    ) -> NDArray[np.bool_]:
-        """Which rows, (G,), with newest states (G, d), exit here; keeps the values."""
+    ) -> tuple[NDArray[np.bool_], Tensor | None]:
+        """Which rows, (G,), with newest states (G, d), exit here; keeps the values.
+
+        Returns:
+            The rows that do, (G,), and what follows them, (G', V), if the lens itself answers.
+        """
         rule, lens = self.policy.rule, self.policy.lens
         assert rule is not None
         assert lens is not None
-        leaving = np.zeros(len(rows), dtype=bool)
+        leaving, own = np.zeros(len(rows), dtype=bool), None
         # A sequence of one token has no pair to go on with: it never exits.
         checked = np.flatnonzero(self._first[rows] < self._ids.shape[1] - 1)
         if len(checked):
             aligned = lens(h[torch.from_numpy(checked)], layer)
-            values = rule.measure(self.backbone.logits(aligned))
+            logits = self.backbone.logits(aligned)
+            values = rule.measure(logits)
             confidence[rows[checked]] = values.cpu().numpy()
             leaving[checked] = rule.confident(values).cpu().numpy()
             self.work.checks[self.origin[rows[checked]]] += 1
-        return leaving
+            if self.policy.decoder == Linear(lens):
+                own = logits[torch.from_numpy(leaving[checked])]
+        return leaving, own
 
-    def _read(self, h: Tensor, layers: Ints) -> Tensor:
-        """What the decoder says follows the newest tokens, (B', d) to (B', V)."""
-        ids, n_layers = self._ids, self.backbone.n_layers
-        positions = ids.shape[1] - 1 - self._first
-        starts = ids[torch.arange(len(ids)), torch.from_numpy(self._first)]
+    def _read(self, h: Tensor, layers: Ints, rows: Ints) -> Tensor:
+        """What the decoder says follows the newest tokens, (B', d), of some rows, (R,): (R, V)."""
+        n_layers, at = self.backbone.n_layers, torch.from_numpy(rows)
+        ids, first, layers = self._ids[at], self._first[rows], layers[rows]
+        positions = ids.shape[1] - 1 - first
         states = States(
-            h,
+            h[at],
             torch.from_numpy(layers),
             token_ids=ids[:, -1],
-            start_ids=starts,
+            start_ids=ids[torch.arange(len(ids)), torch.from_numpy(first)],
             positions=torch.from_numpy(positions).to(ids.device),
         )
         tails = self.policy.decoder.tails(self.backbone, positions)
-        self.work.tail[self.origin] += tails * (n_layers - layers)
+        self.work.tail[self.origin[rows]] += tails * (n_layers - layers)
+        self.work.heads[self.origin[rows]] += 1
         return self.backbone.logits(self.policy.decoder.align(self.backbone, states))
 
-    def _count(self, rows: Ints, held: Ints, layers: int) -> None:
-        """Count what rows, of which some columns are held, lack; padding, old or new, apart."""
-        begin = np.maximum(self._first[rows], held)
-        late = np.maximum(self._fed - begin, 0)  # of earlier steps
-        own = self._ids.shape[1] - begin - late
+    def _count(self, rows: Ints, held: Ints, begin: int, layers: int) -> None:
+        """Count what rows compute from a column on, of which they hold some; padding apart."""
+        first = self._first[rows]
+        lacks = np.maximum(first, held)
+        again = lacks - np.maximum(first, begin)  # for those beside that hold less
+        late = np.maximum(self._fed - lacks, 0)  # of earlier steps
+        own = self._ids.shape[1] - lacks - late
         of = self.origin[rows]
         (self.work.decode if self._fed else self.work.prompt)[of] += own * layers
-        self.work.backfilled[of] += late * layers
+        self.work.backfilled[of] += (late + again) * layers
+
+
+def _merge(parts: list[tuple[Ints, Tensor]]) -> Tensor:
+    """Put what groups of rows, (G,) each, have given, (G, ...) each, into the rows' order."""
+    rows, values = zip(*parts, strict=True)
+    if len(values) == 1:  # all rows
+        return values[0]
+    return torch.cat(values)[torch.from_numpy(np.concatenate(rows).argsort())]
 
 
 def _together(ends: Ints) -> list[Ints]:

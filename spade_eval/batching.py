@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -141,7 +142,12 @@ def visible(parents: Sequence[int], width: int) -> NDArray[np.bool_]:
     Padding sees itself alone, since a softmax over nothing is not a number.
     """
     sees = np.eye(width, dtype=bool)
-    for t, parent in enumerate(parents):
-        if parent >= 0:
-            sees[t] |= sees[parent]
+    before = np.array(parents, dtype=np.int64)
+    # Runs of tokens that each follow the one before them: a run sees what its first one's parent
+    # does, and itself from its beginning on.
+    begins = np.flatnonzero(before[1:] != np.arange(len(before) - 1)) + 1
+    for b, e in pairwise([0, *begins.tolist(), len(before)]):
+        if before[b] >= 0:
+            sees[b:e] |= sees[before[b]]
+        sees[b:e, b:e] = np.tri(e - b, dtype=bool)
     return sees

@@ -6,7 +6,7 @@ itself computes, on three tokens:
 1. layers: running layer by layer gives `model(...)`;
 2. tail: from every layer l, one token with the stored start goes on to `model([start, token])`;
 3. start: the start token's states are the same alone and followed by others;
-4. pack: one row with two branches behind a shared context gives what two rows give.
+4. pack: one row with branches behind a shared context gives what two rows give.
 
 Where 2 fails, keys and values are not all that the start token leaves behind, and both tokens of a
 pair are computed from then on. A model that still fails it, or 1 or 3, is refused; failing 4 only
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
 
 log = logging.getLogger(__name__)
+
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_BRANCHES = 16  # of a packed row: what depends on columns instead of positions is then far off
 
 
 def probe_ids(backbone: Backbone) -> Tensor:
@@ -97,13 +100,24 @@ def operations(backbone: Backbone) -> float:
     """
     kinds = [tuple(p.shape for p in layer.parameters()) for layer in backbone._layers]
     alike = Counter(kinds)  # counting one of each is enough
-    found = sum(_operations(backbone, kinds.index(kind)) * n for kind, n in alike.items())
-    # Kernels of quantised layers are unknown to the counter: an ordinary layer has 12 d^2 weights.
-    return found / len(kinds) or 24.0 * backbone.width**2
+    return sum(_priced(backbone, kinds.index(kind)) * n for kind, n in alike.items()) / len(kinds)
+
+
+def _priced(backbone: Backbone, layer: int) -> float:
+    """`operations` of the layer above `layer`."""
+    found, ordinary = _operations(backbone, layer), 24.0 * backbone.width**2  # 12 d^2 weights
+    # Kernels of quantised weights are unknown to the counter, but not the adapter beside them.
+    return max(found, ordinary) if _quantised(backbone._layers[layer]) else found or ordinary
+
+
+def _quantised(layer: torch.nn.Module) -> bool:
+    """Whether some weights of a layer are packed into integers."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    return any(t.dim() > 1 and t.dtype in _PACKED for t in tensors)
 
 
 def _operations(backbone: Backbone, layer: int) -> float:
-    """`operations` of the layer above `layer`."""
+    """Those that are counted."""
     ids = probe_ids(backbone)
     counts = []
     for times in (1, 2, 3):
@@ -223,17 +237,19 @@ def _positions_inert(backbone: Backbone) -> bool:
 
 
 def _packs(backbone: Backbone) -> bool:
-    """Whether [a, b | b, c | c, b], two branches on one context, gives what two rows give."""
+    """Whether [a, b | b, c | ... | c, b], branches on one context, gives what two rows give."""
+    if not backbone._takes_positions:
+        return False  # it counts columns, which in half precision a small model may hardly show
     a, b, c = probe_ids(backbone)[0].tolist()
     rows = torch.tensor([[a, b, b, c], [a, b, c, b]], device=backbone.device)
-    packed = torch.tensor([[a, b, b, c, c, b]], device=backbone.device)
-    positions = torch.tensor([[0, 1, 2, 3, 2, 3]], device=backbone.device)
-    sees = torch.ones(6, 6, dtype=torch.bool).tril()
-    sees[4:, 2:4] = False  # the second branch does not see the first
+    packed = torch.tensor([[a, b, *[b, c] * _BRANCHES, c, b]], device=backbone.device)
+    positions = torch.tensor([[0, 1, *[2, 3] * (_BRANCHES + 1)]], device=backbone.device)
+    sees = torch.block_diag(*[torch.ones(2, 2).tril()] * (_BRANCHES + 2)).bool()
+    sees[2:, :2] = True  # the context
     try:
         theirs = backbone.hidden_states(rows)[-1][:, 2:].flatten(0, 1)  # (4, d)
         lane = backbone.embed(packed, positions, backbone.additive_mask(sees[None]))
-        ours = backbone.advance(lane, backbone.n_layers).h[0, 2:]
+        ours = backbone.advance(lane, backbone.n_layers).h[0, [2, 3, -2, -1]]
         return distance(ours, theirs) <= tolerance(theirs)
     except Exception as err:  # a model may refuse a 4D mask in any way it likes
         log.info("%s: rows cannot be packed (%s: %s)", backbone.name, type(err).__name__, err)

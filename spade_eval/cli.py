@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _INPUT_CHECKS = (
     "lm_eval.config.", "lm_eval.evaluator", "lm_eval.api.registry", "lm_eval.api.model",
 )  # fmt: skip
+_SMALLER = "Give a smaller --batch_size, of finetune a smaller --micro_batch_size."
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _command(argv[0]).call(argv[1:])
     except Exception as err:
+        if _is_out_of_memory(err):
+            print(f"error: {str(err).split('. ')[0]}. {_SMALLER}", file=sys.stderr)
+            return 2
         if not _is_bad_input(err):
             raise
         print(f"error: {err}", file=sys.stderr)
@@ -134,6 +138,12 @@ def _include_path(args: argparse.Namespace) -> list[str]:
     folders = [given] if isinstance(given, str) else list(given or ())
     ours = tasks_path()
     return [str(ours), *(folder for folder in folders if Path(folder).resolve() != ours)]
+
+
+def _is_out_of_memory(err: Exception) -> bool:
+    """Whether a GPU's memory ran out; loading torch to ask takes seconds where it was not used."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(err, torch.OutOfMemoryError)
 
 
 def _is_bad_input(err: Exception) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spade_eval.decisions import decide
+from spade_eval.decisions import answered_by_checks, decide
 from spade_eval.tally import Tally
 
 if TYPE_CHECKING:
@@ -114,14 +114,21 @@ class Account:
         Args:
             batch: The batch.
             source: Where its requests come from.
-            prices: Of a check.
+            prices: Of a check, and whether it answers.
             who: The decisions.
             layers: Layer of each, (D,).
-            checked: Confidences measured for each, (D,).
+            checked: Confidences measured for each, in positions, (D,).
         """
         counted = source.counted[who.requests]
-        checks = checked[counted] * prices.check
-        self._by_task(source, who.requests[counted], check_token_layers=checks)
+        times, of = _measured(who, checked, counted)
+        self._by_task(source, who.requests[of], check_token_layers=times * prices.check)
+        if prices.check_answers:
+            # `add` has charged these heads, to the same requests.
+            given = answered_by_checks(who, layers, prices.n_layers)[who.read_from]
+            left = np.stack([batch.read_at, layers[who.member_of][who.read_from]])[:, given]
+            _, one = np.unique(left, axis=1, return_index=True)
+            owners_ = batch.requests[given][one]
+            self._by_task(source, owners_, head_token_layers=-prices.head)
         could = np.zeros(who.count, dtype=bool)
         could[who.check_of] = True
         could &= counted
@@ -174,7 +181,7 @@ class Account:
             backfilled_token_layers=work.backfilled,
             tail_token_layers=work.tail,
             check_token_layers=work.checks * prices.check,
-            head_token_layers=new * prices.head,
+            head_token_layers=work.heads * prices.head,
         )
         self._set_baseline(prices)
         counted = source.counted[requests]
@@ -269,3 +276,21 @@ def owners(batch: Batch) -> Ints:
     of_root = np.full(batch.ids.shape, -1, dtype=np.int64)
     of_root[b[::-1], roots[b, t][::-1]] = batch.requests[::-1]  # the first one wins
     return np.take_along_axis(of_root, roots, 1)
+
+
+def _measured(who: Decisions, checked: Ints, counted: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """How often each position was measured, and a decision that paid for it.
+
+    One that several look at is measured once at each layer, until the last of them has left.
+
+    Returns:
+        Of the U positions that decisions which count look at: times (U,) and decisions (U,).
+    """
+    looked_at = np.bincount(who.check_of, minlength=who.count)  # positions, (D,)
+    times = checked // np.maximum(looked_at, 1)  # candidate layers, (D,)
+    mine = counted[who.check_of]
+    at, of = who.check_at[mine], who.check_of[mine]
+    longest = np.lexsort((-times[of], at))  # of each position's decisions the last to leave, first
+    _, first = np.unique(at[longest], return_index=True)
+    one = of[longest][first]
+    return times[one], one

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from spade_eval.batching import Batch, Ints
     from spade_eval.exits import Scope
 
@@ -27,7 +29,8 @@ class Decisions:
 
     Attributes:
         count: D.
-        check_at: Scored position at which a confidence is measured, (K,).
+        check_at: Scored position at which a confidence is measured, (K,); in request scope several
+            decisions may look at the same one.
         check_of: Decision that it counts for, (K,).
         member_at: Scored position of each answer that is to be given, (M,).
         member_of: Decision that it follows, (M,).
@@ -77,3 +80,20 @@ def decide(batch: Batch, scope: Scope) -> Decisions:
         read_from=read_from.reshape(-1),
         requests=requests[one],
     )
+
+
+def answered_by_checks(who: Decisions, layers: Ints, n_layers: int) -> NDArray[np.bool_]:
+    """Which answers a check has at hand: of positions that leave right where they were checked.
+
+    Args:
+        who: The decisions.
+        layers: Exit layer of each, (D,).
+        n_layers: L, where nothing is checked.
+
+    Returns:
+        For each member, (M,).
+    """
+    exits = layers[who.check_of] < n_layers
+    place = who.check_at * (n_layers + 1) + layers[who.check_of]  # (K,)
+    left = who.member_at * (n_layers + 1) + layers[who.member_of]  # (M,)
+    return np.isin(left, place[exits])

@@ -1,8 +1,8 @@
-"""What a model's answers are read with, as a short hash: final norm and head, and adapters.
+"""What a lens belongs to, as short hashes: final norm and head, layers, and adapters.
 
-A lens carries states into the space that the final norm and the head read, so it belongs to them.
-The hash goes by the tensors, not by their names: it is the same with and without a PEFT wrapper,
-and for one checkpoint loaded in several precisions. For that it has two halves, of the values
+A lens carries the states that the layers make into the space that the final norm and the head read.
+The hashes go by the tensors, not by their names: they are the same with and without a PEFT wrapper,
+and for one checkpoint loaded in several precisions. For that they have two halves, of the values
 rounded to bf16 and to fp16. A checkpoint loaded in fp32 agrees with itself loaded in bf16 in the
 first half, and with itself loaded in fp16 in the second.
 """
@@ -10,6 +10,7 @@ first half, and with itself loaded in fp16 in the second.
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VALUES = 65_536  # read of each tensor: a head of 10^8 numbers is hashed in milliseconds
+LAYER_VALUES = 4_096  # of the layers, which have hundreds of tensors: a fine-tuning changes most
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, rows: int | None = None) -> str:
     """Hash the final norm and the head, found by structure.
 
     They are the output embedding, and whatever the decoder holds besides its layers and its input
@@ -38,6 +40,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Args:
         model: A causal language model, or a PEFT model around one.
+        rows: How many rows of the head to read, the first ones; None reads all.
 
     Returns:
         "bf16hash-fp16hash", to be compared with `same`.
@@ -46,18 +49,52 @@ def fingerprint(model: PreTrainedModel) -> str:
         UnsupportedModelError: The model has no output embedding, or weights without values.
     """
     name = type(unwrap_peft(model)).__name__
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedModelError(f"{name} has no output embedding to read a lens with.")
+    head = _head(model)
+    # A bias has as many rows as the weight.
+    head = [t[:rows] if t.shape[:1] == head[0].shape[:1] else t for t in head]
     place = find_layers(model, name)
     skip = {id(place.layers), id(model.get_input_embeddings())}
-    tensors = (*_parameters(head, set()), *_parameters(place.decoder, skip))
+    tensors = (*head, *_parameters(place.decoder, skip))
     if any(tensor.is_meta for tensor in tensors):
         raise UnsupportedModelError(
             f"{name}: its final norm or head is on the meta device, without values. Load the "
             "weights before using a lens."
         )
     return digest(("", tensor) for tensor in tensors)
+
+
+def head_rows(model: PreTrainedModel) -> int | None:
+    """The number of the head's rows, which checkpoints pad and lm-eval cuts for adapters.
+
+    None for a head that is quantised to something else than a matrix.
+    """
+    return next((len(tensor) for tensor in _head(model)), None)
+
+
+def layers_fingerprint(model: PreTrainedModel) -> str:
+    """Hash the parameters of the decoder's layers, without adapters.
+
+    A model that was fine-tuned in its layers alone, by a merged adapter say, differs from its base
+    in nothing else.
+
+    Args:
+        model: A causal language model, or a PEFT model around one.
+
+    Returns:
+        A hash as `fingerprint`'s. Empty if the parameters are not those of the checkpoint, being
+        quantised or holding an adapter that can be taken out again, or are offloaded: to load them
+        all takes as long as loading the model.
+    """
+    base = unwrap_peft(model)
+    layers = find_layers(model, type(base).__name__).layers
+    quantised = getattr(base, "is_quantized", False)
+    merged = any(getattr(module, "merged", False) is True for module in layers.modules())
+    if quantised or merged or any(tensor.is_meta for tensor in layers.parameters()):
+        return ""
+    tensors = list(_parameters(layers, set()))
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return ""
+    return digest((("", tensor) for tensor in tensors), LAYER_VALUES)
 
 
 def adapter_fingerprint(model: PreTrainedModel) -> str | None:
@@ -75,12 +112,46 @@ def adapter_fingerprint(model: PreTrainedModel) -> str | None:
     return digest(tensors)
 
 
+def adapter_scaling(model: nn.Module) -> str | None:
+    """Hash the factors of the active PEFT adapters, by place; None if there are no adapters.
+
+    They come from `lora_alpha` and the like, and no weight tells them.
+    """
+    if not getattr(model, "peft_config", None):
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = []
+    # Inside the wrapper, since transformers loads adapters without one.
+    for name, module in unwrap_peft(model).named_modules():
+        if isinstance(module, BaseTunerLayer):
+            active = [] if module.disable_adapters else module.active_adapters
+            # Most tuners call it `scaling`, some `fourierft_scaling` and so on.
+            for attribute, factors in sorted(vars(module).items()):
+                if attribute.endswith("scaling") and isinstance(factors, dict):
+                    some = [float(factors[adapter]) for adapter in active if adapter in factors]
+                    found.append([name, attribute, some])
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
+
+
 def same(a: str, b: str) -> bool:
     """Whether two hashes can be of one checkpoint: one of their halves is equal.
 
     A checkpoint stored in fp32 and loaded once in bf16 and once in fp16 agrees in neither.
     """
     return any(x == y for x, y in zip(a.split("-"), b.split("-"), strict=False))
+
+
+def _head(model: PreTrainedModel) -> list[Tensor]:
+    """The output embedding's parameters, the weight first.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    if (head := model.get_output_embeddings()) is None:
+        name = type(unwrap_peft(model)).__name__
+        raise UnsupportedModelError(f"{name} has no output embedding to read a lens with.")
+    return list(_parameters(head, set()))
 
 
 def _parameters(module: nn.Module, skip: set[int]) -> Iterator[Tensor]:
@@ -102,13 +173,18 @@ def _parameters(module: nn.Module, skip: set[int]) -> Iterator[Tensor]:
         yield from _parameters(child, skip)
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash names, shapes and evenly spaced values of the tensors, in both halves."""
+def digest(tensors: Iterable[tuple[str, Tensor]], values: int = VALUES) -> str:
+    """Hash names, shapes and evenly spaced values of the tensors, in both halves.
+
+    Args:
+        tensors: The names and tensors.
+        values: How many of each tensor.
+    """
     halves = [hashlib.sha256() for _ in _HALVES]
     for name, tensor in tensors:
         flat = tensor.detach().flatten()
         # An odd step shares no factor of two with the widths of models: it reaches all columns.
-        some = flat[:: -(-len(flat) // VALUES) | 1].cpu()
+        some = flat[:: -(-len(flat) // values) | 1].cpu()
         for half, dtype in zip(halves, _HALVES, strict=True):
             half.update(f"{name}{tuple(tensor.shape)}".encode())
             half.update(some.to(dtype).view(torch.int16).numpy().tobytes())

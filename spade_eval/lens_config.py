@@ -27,6 +27,8 @@ _CHOICES = {
     "positions": get_args(Scope),
 }
 _LEAST = {"n_layers": 1, "width": 1, "documents": 0, "n_positions": 0, "tokens": 0, "seed": 0}
+# Files may lack these: a lens is not refused for what is unknown of its model.
+_OPTIONAL = {"head_rows", "layers_fingerprint", "adapter_scaling"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,14 @@ class LensConfig:
     """The base model's revision on the Hub."""
     fingerprint: str = ""
     """Hash of its final norm and head (`spade_eval.fingerprint`); empty if unknown."""
+    head_rows: int | None = None
+    """How many rows its head had; None if unknown."""
+    layers_fingerprint: str = ""
+    """Hash of its layers, without adapters; empty if unknown."""
     adapter: str | None = None
     """Hash of its active PEFT adapters; None without."""
+    adapter_scaling: str | None = None
+    """Hash of their factors; None without or if unknown."""
     teacher: Teacher = "spade"
     """Whose output the maps were fitted to: SPADE's, or the full model's."""
     positions_mode: PairPositions = "reset"
@@ -97,7 +105,9 @@ class LensConfig:
             )
         if self.rank is not None and not (_is_int(self.rank, 1) and self.rank <= self.width):
             raise UserError(f"rank={self.rank!r} is not an integer within 1..{self.width}.")
-        for name in ("base_model", "fingerprint"):
+        if self.head_rows is not None and not _is_int(self.head_rows, 1):
+            raise UserError(f"head_rows={self.head_rows!r} is not an integer of at least 1.")
+        for name in ("base_model", "fingerprint", "layers_fingerprint"):
             if not isinstance(value := getattr(self, name), str):
                 raise UserError(f"{name}={value!r} is not a text.")
 
@@ -121,7 +131,7 @@ class LensConfig:
         if not isinstance(raw, dict):
             raise UserError(f"config.json of {name} is not a JSON object but {str(raw)[:40]!r}.")
         known = [f.name for f in fields(cls)]
-        missing, unknown = _few(set(known) - raw.keys()), _few(raw.keys() - set(known))
+        missing, unknown = _few(set(known) - _OPTIONAL - raw.keys()), _few(raw.keys() - set(known))
         if missing or unknown:
             raise UserError(
                 f"config.json of {name} is not that of a lens of spade_eval {__version__}: "
@@ -186,6 +196,7 @@ layer l: an answer without the layers above it.
                 ],
                 ["width", config.width],
                 ["fingerprint of norm and head", config.fingerprint or "unknown"],
+                ["fingerprint of the layers", config.layers_fingerprint or "unknown"],
                 ["adapter", config.adapter or "none"],
                 ["made by", f"spade_eval {config.package_version}"],
             ],

@@ -99,6 +99,7 @@ class StartStore:
         self._compute, self._capacity = compute, capacity
         self._entries: OrderedDict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = OrderedDict()
         self._last: tuple[list[int], StartStates] | None = None  # most tasks have one start token
+        self._autocast: tuple[bool, torch.dtype] | None = None  # under which they were computed
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -110,6 +111,11 @@ class StartStore:
 
     def get(self, ids: Tensor) -> StartStates:
         """The states of the start tokens `ids`, (P,); those not yet known are computed at once."""
+        kind = ids.device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        if autocast != self._autocast:  # keys and values would be of another dtype
+            self.clear()
+            self._autocast = autocast
         unique, rows = ids.unique(return_inverse=True)
         wanted = unique.tolist()
         if self._last is not None and self._last[0] == wanted:

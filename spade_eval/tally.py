@@ -30,11 +30,14 @@ class Prices:
         n_layers: L.
         head: Final norm and head at one position.
         check: A confidence at one position: the map, and what it needs of the head.
+        check_answers: Whether what leaves where it is checked takes its answer from the check, so
+            that no head is paid for it again.
     """
 
     n_layers: int
     head: float
     check: float = 0.0
+    check_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,11 @@ class Tally:
         main_token_layers: Tokens times the layers they passed before a decoder read them.
         prompt_token_layers: Of them in generation, what the first token of an answer needed,
         decode_token_layers: what each further token needed of itself,
-        backfilled_token_layers: and what exits had left out and a later, deeper token needed.
+        backfilled_token_layers: and what exits had left out and a later, deeper token needed, with
+            what was computed again so that rows could share a call.
         tail_token_layers: The same for answer tokens in the tail.
         check_token_layers: Confidence checks.
-        head_token_layers: Heads at the scored positions.
+        head_token_layers: Heads at the scored positions, but where a check has answered.
         full_depth_token_layers: The same plan through all layers, heads included.
         exits: Decisions by the layer they exited at, L where they did not.
         row_exits: Contexts by the layer at which the last of their continuations exited; in dense

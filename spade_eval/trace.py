@@ -5,6 +5,7 @@
                            confident: its states leave (l, h^l); tokens nobody needs leave the lane
             -> layer L: the rest
             tail: all that left, each from its own layer, one call per layer -> answers
+                           (none where the lens of the checks answers: their logits do)
 
 Only scored positions reach a decoder and the head.
 """
@@ -16,24 +17,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from spade_eval.answers import Answers, read
-from spade_eval.decisions import Decisions, decide
-from spade_eval.decoders import Decoder, States
-from spade_eval.departures import Departures, rows_of
-from spade_eval.exits import request_mean
+from spade_eval.climbing import Check, Climb, enter, gather
+from spade_eval.decisions import Decisions, answered_by_checks
+from spade_eval.decoders import Decoder, Linear, States
+from spade_eval.departures import rows_of
+from spade_eval.measuring import measure, measure_choices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from spade_eval.backbone import Backbone
     from spade_eval.batching import Batch, Ints
-    from spade_eval.compaction import Rows
-    from spade_eval.exits import ExitRule, Scope
-    from spade_eval.hollow import Lane
+    from spade_eval.exits import ExitRule
     from spade_eval.lens import LinearLens
 
 
@@ -47,7 +47,8 @@ class Trace:
         exit_layers: Of each decision, (D,); L where the full computation answered.
         confidence: The last value measured for each decision, (D,); NaN where none was.
         passed: How many layers each token of the batch's rows went through, (B, T).
-        checked: How often each decision's confidence was measured, in positions, (D,).
+        checked: How often each decision's confidence was measured, in positions, (D,); one that
+            several decisions look at is computed once.
     """
 
     answers: Answers
@@ -58,15 +59,6 @@ class Trace:
     checked: Ints
 
 
-def enter(backbone: Backbone, rows: Rows) -> Lane:
-    """Embed rows: the main lane at depth 0, with every layer's arguments."""
-    positions = mask = None
-    if rows.positions is not None and rows.sees is not None:
-        positions = torch.from_numpy(rows.positions).to(backbone.device)
-        mask = backbone.additive_mask(torch.from_numpy(rows.sees))
-    return backbone.embed(torch.from_numpy(rows.ids).to(backbone.device), positions, mask)
-
-
 def climb(backbone: Backbone, batch: Batch, layers: Sequence[int]) -> Iterator[States]:
     """Run the main lane upwards and stop at each of `layers`, ascending, for the scored positions.
 
@@ -74,7 +66,7 @@ def climb(backbone: Backbone, batch: Batch, layers: Sequence[int]) -> Iterator[S
     """
     lane = enter(backbone, rows_of(batch))
     for layer in layers:
-        h = _gather(backbone.advance(lane, layer), batch.scored).to(backbone.device)
+        h = gather(backbone.advance(lane, layer), batch.scored).to(backbone.device)
         yield _states(backbone, batch, h, layer, np.arange(len(batch.scored)))
 
 
@@ -117,7 +109,9 @@ def score_with_exits(
             `choice_entropy`.
         softmax_dtype: The log-softmax is computed in this type.
     """
-    climbs = [_Climb(backbone, batch, rule.scope) for batch in batches]
+    climbs = [Climb(backbone, batch, rule.scope) for batch in batches]
+    by_choice = rule.confidence == "choice_entropy"
+    itself = decoder == Linear(lens) and not by_choice  # what leaves is answered by its check
     for layer in (*rule.candidates(backbone.n_layers, lens.available), backbone.n_layers):
         going = [climb for climb in climbs if climb.undecided.any()]
         for climb in going:
@@ -126,128 +120,91 @@ def score_with_exits(
             for climb in going:
                 climb.leave(layer, climb.undecided)
             break
-        checks = [climb.to_check() for climb in going]
-        states = [climb.gather(at) for climb, (at, _) in zip(going, checks, strict=True)]
-        if not sum(map(len, states)):
+        checks = [climb.to_check(itself) for climb in going]
+        if not sum(len(check.at) for check in checks):
             continue
-        requests = np.concatenate(
-            [climb.who.requests[of] for climb, (_, of) in zip(going, checks, strict=True)]
-        )
-        values = _confidence(backbone, lens(torch.cat(states), layer), requests, rule, choices)
-        for climb, (_, of), own in zip(
-            going, checks, values.split([len(h) for h in states]), strict=True
-        ):
-            climb.leave(layer, climb.confident(own, of, rule))
-    return _answer(backbone, climbs, decoder, softmax_dtype)
+        states = [climb.states(check.at) for climb, check in zip(going, checks, strict=True)]
+        aligned = lens(torch.cat(states), layer)
+        if by_choice:
+            own = [choices[r] for check in checks for r in check.requests.tolist()]
+            values = measure_choices(backbone, aligned, rule, own)
+        else:
+            values = _measure(backbone, aligned, going, checks, rule, softmax_dtype)
+        each = values.split([len(check.at) for check in checks])
+        for climb, check, of_climb in zip(going, checks, each, strict=True):
+            climb.leave(layer, climb.confident(of_climb, check, rule))
+    return _answer(backbone, climbs, decoder, itself, softmax_dtype)
 
 
-class _Climb:
-    """One batch on its way up, and what is known about its decisions."""
-
-    def __init__(self, backbone: Backbone, batch: Batch, scope: Scope):
-        self.backbone, self.batch = backbone, batch
-        self.who = who = decide(batch, scope)
-        self.departures = Departures(batch, who, backbone.n_layers)
-        self.confidence = np.full(who.count, np.nan, dtype=np.float32)
-        self.checked = np.zeros(who.count, dtype=np.int64)
-        self.h = torch.empty(
-            len(who.member_at), backbone.width, dtype=backbone.state_dtype, device=backbone.device
-        )
-        self.lane = enter(backbone, self.departures.rows)
-
-    @property
-    def undecided(self) -> NDArray[np.bool_]:
-        """Which decisions are open, (D,)."""
-        return self.departures.undecided
-
-    def advance(self, layer: int) -> None:
-        """Run what is left of the main lane up to `layer`."""
-        self.backbone.advance(self.lane, layer)
-        self.departures.advance(layer)
-
-    def to_check(self) -> tuple[Ints, Ints]:
-        """Scored positions whose confidence is wanted, (K,), and their decisions, (K,)."""
-        open_ = self.undecided[self.who.check_of]
-        return self.who.check_at[open_], self.who.check_of[open_]
-
-    def gather(self, at: Ints) -> Tensor:
-        """States of scored positions where the lane now is, (K, d)."""
-        flat = self.departures.rows.where(self.batch.scored[at])
-        return _gather(self.lane, flat).to(self.backbone.device)
-
-    def confident(self, values: Tensor, of: Ints, rule: ExitRule) -> NDArray[np.bool_]:
-        """Keep the values (K,) of decisions (K,); which undecided ones may exit, (D,)."""
-        decisions = torch.from_numpy(of).to(values.device)
-        means = request_mean(values, decisions, self.who.count).cpu()
-        np.add.at(self.checked, of, 1)
-        self.confidence[of] = means.numpy()[of]
-        return self.undecided & rule.confident(means).numpy()
-
-    def leave(self, layer: int, leaving: NDArray[np.bool_]) -> None:
-        """Take the states of decisions (D,) that exit; drop from the lane what nobody needs."""
-        if not leaving.any():
-            return
-        members = self.departures.leave(layer, leaving)
-        h = self.gather(self.who.member_at[members])
-        self.h[torch.from_numpy(members).to(h.device)] = h.to(self.h.dtype)
-        if (source := self.departures.compact()) is not None:
-            before, self.lane = self.lane, enter(self.backbone, self.departures.rows)
-            self.lane.h = _gather(before, source.reshape(-1)).view(*source.shape, -1)
-            self.lane.depth = layer
-
-
-def _confidence(
+def _measure(
     backbone: Backbone,
     aligned: Tensor,
-    requests: Ints,
+    climbs: Sequence[Climb],
+    checks: Sequence[Check],
     rule: ExitRule,
-    choices: Mapping[int, Sequence[int]],
+    softmax_dtype: torch.dtype,
 ) -> Tensor:
-    """The confidence, (K,), of states in the last layer's space, (K, d), and their requests."""
-    if rule.confidence != "choice_entropy":
-        blocks = aligned.split(backbone.logits_rows(torch.float32))
-        return torch.cat([rule.measure(backbone.logits(block)) for block in blocks])
-    own = [choices[request] for request in requests.tolist()]
-    tokens = sorted({token for some in own for token in some})
-    column = {token: i for i, token in enumerate(tokens)}
-    exists = torch.zeros(len(own), len(tokens), dtype=torch.bool)
-    for row, some in enumerate(own):
-        exists[row, [column[token] for token in some]] = True
-    logits = backbone.logits(aligned, torch.tensor(tokens, device=aligned.device))  # (K, C)
-    return rule.measure(logits, exists.to(logits.device))
+    """Confidences of all checks' positions together, (U,); the climbs keep what reads found."""
+    first = np.cumsum([0, *(len(check.at) for check in checks)])
+    read_at = np.concatenate([check.read_at + n for check, n in zip(checks, first, strict=False)])
+    targets = np.concatenate(
+        [climb.batch.targets[check.reads] for climb, check in zip(climbs, checks, strict=True)]
+    )
+    values, logprobs, greedy = measure(backbone, aligned, rule, read_at, targets, softmax_dtype)
+    sizes = [len(check.reads) for check in checks]
+    for climb, check, *found in zip(
+        climbs, checks, logprobs.double().split(sizes), greedy.split(sizes), strict=True
+    ):
+        climb.logprobs[check.reads], climb.greedy[check.reads] = (x.numpy() for x in found)
+    return values
 
 
 def _answer(
-    backbone: Backbone, climbs: Sequence[_Climb], decoder: Decoder, softmax_dtype: torch.dtype
+    backbone: Backbone,
+    climbs: Sequence[Climb],
+    decoder: Decoder,
+    itself: bool,
+    softmax_dtype: torch.dtype,
 ) -> list[Trace]:
-    """Let the decoder and the head answer for all that left, at once."""
+    """Let the decoder and the head answer, at once, for all that left without an answer."""
     states: list[States] = []
     read_from: list[Ints] = []
+    reads: list[Ints] = []
     offset = 0
     for climb in climbs:
-        who = climb.who
+        who, exit_layers = climb.who, climb.departures.exit_layers
+        open_ = np.ones(len(who.member_at), dtype=bool)
+        if itself:
+            open_ = ~answered_by_checks(who, exit_layers, backbone.n_layers)
+        members = np.flatnonzero(open_)
         # Members that left a position at the same layer share its answer.
-        left = np.stack([who.member_at, climb.departures.exit_layers[who.member_of]])  # (2, M)
+        left = np.stack([who.member_at, exit_layers[who.member_of]])[:, members]  # (2, M')
         (at, layers), one, of = np.unique(left, axis=1, return_index=True, return_inverse=True)
-        h = climb.h[torch.from_numpy(one).to(climb.h.device)]
+        h = climb.h[torch.from_numpy(members[one]).to(climb.h.device)]
         states.append(_states(backbone, climb.batch, h, torch.from_numpy(layers), at))
-        read_from.append(of.reshape(-1)[who.read_from] + offset)
+        answer = np.zeros(len(open_), dtype=np.int64)
+        answer[members] = of.reshape(-1) + offset
+        reads.append(np.flatnonzero(open_[who.read_from]))
+        read_from.append(answer[who.read_from[reads[-1]]])
         offset += len(at)
     names = ("h", "layer", "token_ids", "start_ids", "positions")
     together = States(*(torch.cat([getattr(s, name) for s in states]) for name in names))
-    targets = np.concatenate([climb.batch.targets for climb in climbs])
-    reads = np.concatenate(read_from)
-    order = np.argsort(reads, kind="stable")
+    targets = np.concatenate(
+        [climb.batch.targets[own] for climb, own in zip(climbs, reads, strict=True)]
+    )
+    every = np.concatenate(read_from)
+    order = np.argsort(every, kind="stable")
     h = decoder.align(backbone, together)
-    found = read(backbone, h, reads[order], targets[order], softmax_dtype)
-    logprobs, greedy = np.empty(len(reads)), np.empty(len(reads), dtype=bool)
+    found = read(backbone, h, every[order], targets[order], softmax_dtype)
+    logprobs, greedy = np.empty(len(every)), np.empty(len(every), dtype=bool)
     logprobs[order], greedy[order] = found.logprobs, found.greedy
     traces, first = [], 0
-    for climb in climbs:
-        own = slice(first, first := first + len(climb.batch.targets))
+    for climb, own in zip(climbs, reads, strict=True):
+        here = slice(first, first := first + len(own))
+        climb.logprobs[own], climb.greedy[own] = logprobs[here], greedy[here]
         traces.append(
             Trace(
-                Answers(logprobs[own].tolist(), greedy[own].tolist()),
+                Answers(climb.logprobs.tolist(), climb.greedy.tolist()),
                 climb.who,
                 climb.departures.exit_layers,
                 climb.confidence,
@@ -268,8 +225,3 @@ def _states(backbone: Backbone, batch: Batch, h: Tensor, layer: int | Tensor, at
         start_ids=torch.from_numpy(batch.start_ids[at]).to(device),
         positions=torch.from_numpy(batch.scored_positions[at]).to(device),
     )
-
-
-def _gather(lane: Lane, flat: Ints) -> Tensor:
-    """States of tokens, given by their flat index, (K, d), on the lane's device."""
-    return lane.h.flatten(0, 1)[torch.from_numpy(flat).to(lane.h.device)]

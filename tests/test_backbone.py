@@ -75,12 +75,39 @@ def test_operations_can_be_counted_where_a_gpu_shares_keys_among_heads() -> None
     assert counter.get_total_flops() == 2 * 3 * 8 * 3
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "bloom", "opt_projected"])
+def test_a_plain_head_can_be_computed_at_some_of_the_vocabulary(family: str) -> None:
+    assert Backbone(tiny(family)).narrows
+
+
+@pytest.mark.parametrize("case", ["lora", "saved", "hooked"])
+def test_a_head_that_is_more_than_a_plain_layer_is_computed_whole(case: str) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    if case == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"])).eval()
+    elif case == "saved":
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = get_peft_model(model, config).eval()
+    else:
+        model.lm_head._hf_hook = None  # as accelerate leaves its own there
+    backbone = Backbone(model)
+    head = model.get_output_embeddings()
+    widths: list[int] = []
+    head.register_forward_hook(lambda _m, _a, out: widths.append(out.shape[-1]))
+    assert not backbone.narrows
+    h, some = torch.randn(3, backbone.width), torch.tensor([5, 9])
+    with torch.no_grad():
+        assert torch.equal(backbone.logits(h, some), backbone.logits(h)[:, some])
+    assert {*widths} == {VOCAB}
+
+
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_a_row_may_be_packed_or_the_check_says_no(family: str) -> None:
     # Alibi models build their biases from a 2D mask and cannot take a 4D one; recurrent layers take
-    # none.
-    assert Backbone(tiny(family)).packs == (family not in {"bloom", "falcon_alibi", *RECURRENT})
+    # none; GPT-Neo's local layers see the last few columns, whatever the mask says.
+    apart = {"bloom", "falcon_alibi", "gpt_neo", *RECURRENT}
+    assert Backbone(tiny(family)).packs == (family not in apart)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

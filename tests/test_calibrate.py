@@ -27,7 +27,7 @@ from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thr
 from spade_eval.sweep.certify import certify, least_drop, p_values
 from spade_eval.sweep.grid import Ask
 from spade_eval.sweep.lm import SweepLM
-from spade_eval.sweep.unseen import require_unseen
+from spade_eval.sweep.unseen import require_once, require_unseen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -267,6 +267,34 @@ def test_what_cannot_be_certified_costs_no_pass() -> None:
     with pytest.raises(UserError, match="spade_mini_articles has no metric acc"):
         calibrate(lm, texts | tasks(), settings(), "")
     assert lm.account.seconds == 0
+
+
+def test_documents_count_once() -> None:
+    names = ["spade_mini_yesno", "spade_mini_science", "spade_mini_science_text"]
+    twice = load_tasks(names, tasks_path())
+    message = "spade_mini_science and spade_mini_science_text ask about the same documents"
+    with pytest.raises(UserError, match=message):
+        calibrate(sweep_lm(), twice, settings(limit=20), "")
+    require_once({name: twice[name] for name in names[:2]}, "validation")
+    # Functions of their own may make two tasks of different rows of one set.
+    halves = [twice[name] for name in names[1:]]
+    with pytest.MonkeyPatch.context() as patch:
+        for n, task in enumerate(halves):
+            patch.setattr(task.config, "process_docs", lambda rows: rows)
+            part = task.validation_docs().filter(lambda row, i, n=n: i % 2 == n, with_indices=True)
+            patch.setattr(task, "validation_docs", lambda part=part: part)
+        require_once(dict(zip(names[1:], halves, strict=True)), "validation")
+        patch.setattr(halves[0], "validation_docs", halves[1].validation_docs)
+        with pytest.raises(UserError, match="ask about the same documents"):
+            require_once(dict(zip(names[1:], halves, strict=True)), "validation")
+
+
+def test_a_share_of_an_answer_cannot_be_harmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the probability of all true answers, which TruthfulQA's mc2 calls acc."""
+    asked = tasks()
+    monkeypatch.setattr(asked[TASK], "process_results", lambda doc, results: {"acc": 0.25})
+    with pytest.raises(UserError, match=f"task {TASK}: its acc is a share"):
+        calibrate(sweep_lm(), asked, settings(limit=20, max_drop=0.5), "")
 
 
 def test_no_threshold_may_meet_the_bound(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 from spade_eval import __version__
@@ -191,6 +192,15 @@ def test_bad_input_to_a_model_is_one_line(
     register("failing", UserError("layer=31 is out of range 0..30"), monkeypatch)
     assert main(["run", "--model", "failing", "--tasks", "spade_mini_science"]) == 2
     assert capfd.readouterr().err == "error: layer=31 is out of range 0..30\n"
+
+
+def test_memory_that_runs_out_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of ..."
+    register("failing", torch.OutOfMemoryError(told), monkeypatch)
+    assert main(["run", "--model", "failing", "--tasks", "spade_mini_science"]) == 2
+    assert capfd.readouterr().err.startswith("error: CUDA out of memory. Give a smaller --batch")
 
 
 def test_a_bug_in_a_model_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections import Counter
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from test_lm import build, text
+from zoo import BYTES, byte_tokenizer, tiny
 
 from spade_eval.batching import collate
 from spade_eval.cost import Account
 from spade_eval.decisions import decide
+from spade_eval.lens import LinearLens
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
+from spade_eval.lm.lenses import prices
 from spade_eval.lm.requests import source_of
 from spade_eval.scoring import Layout, Request, plan
 from spade_eval.tally import Prices, Source, Tally
@@ -66,7 +70,7 @@ def test_a_batch_by_hand() -> None:
     batch = collate(rows)
     assert batch.tokens == 3 + 3 + 1
     source = Source(["x", "x", "y", "y"], np.ones(4, dtype=bool))
-    prices = Prices(4, head=0.5, check=0.25)
+    price = Prices(4, head=0.5, check=0.25)
     who = decide(batch, "context")
     at = {int(batch.scored_positions[who.member_at[m]]): int(d) for m, d in enumerate(who.member_of)}  # fmt: skip
     layers = np.full(who.count, 4)
@@ -82,8 +86,8 @@ def test_a_batch_by_hand() -> None:
     reads = layers[who.member_of[who.read_from]]
     total = Account()
     tails = batch.scored_positions > 0
-    total.add(batch, source, prices, passed, reads, tails, starts=2)
-    total.add_exits(batch, source, prices, who, layers, checked)
+    total.add(batch, source, price, passed, reads, tails, starts=2)
+    total.add_exits(batch, source, price, who, layers, checked)
     x, y = total.tallies["x"], total.tallies["y"]
     assert (x.requests, x.requests_packed, x.requests_dense) == (2, 2, 0)
     assert (y.requests, y.requests_packed) == (2, 2)
@@ -105,6 +109,55 @@ def test_a_batch_by_hand() -> None:
     assert report["mean_exit_layer"] == 3
     assert report["mean_row_exit_layer"] == pytest.approx((2 + 4 + 4) / 3, abs=0.01)
     assert report["tasks"]["x"]["exits"] == {"2": 1}
+
+
+def test_positions_that_requests_share_are_charged_once_for_checks_and_not_again_for_heads() -> None:  # fmt: skip
+    """Three answers of one context: two of one token, and one that reads on behind the first."""
+    asked = [Request((3, 4), (5,)), Request((3, 4), (6,)), Request((3, 4), (7, 8)), Request((3, 4), (7, 8))]  # fmt: skip
+    batch = collate(plan(asked, Layout(64, packed=True, crossover=400.0, batch_size=8)).rows)
+    who = decide(batch, "request")
+    assert (who.count, len(batch.scored)) == (4, 2)
+    # The first exits at layer 1 of 4, the second at layer 3, the others not; the last is a copy.
+    layers = np.full(4, 4)
+    times = {0: 1, 1: 3, 2: 3, 3: 3}
+    checked = np.zeros(4, dtype=int)
+    for decision, request in enumerate(who.requests.tolist()):
+        layers[decision] = {0: 1, 1: 3}.get(request, 4)
+        checked[decision] = times[request] * len(asked[request].continuation)
+    source = Source(["x", "y", "y", "y"], np.array([True, True, True, False]))
+    reads = layers[who.member_of][who.read_from]
+    for answers, heads in ((False, {"x": 1, "y": 3}), (True, {"x": 0, "y": 2})):
+        price = Prices(4, head=0.5, check=0.25, check_answers=answers)
+        total = Account()
+        none = np.zeros(len(batch.scored), dtype=int)
+        total.add(batch, source, price, np.zeros_like(batch.ids), reads, none, starts=0)
+        total.add_exits(batch, source, price, who, layers, checked)
+        # The context's last token was measured at three layers, the token behind it too.
+        assert total.total.check_token_layers == 6 * 0.25
+        assert {task: t.head_token_layers for task, t in total.tallies.items()} == {
+            task: n * 0.5 for task, n in heads.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("confidence", "narrows", "readout", "check", "answers"),
+    [
+        ("entropy", True, "spade", 5.0, False),
+        ("entropy", True, "lens", 5.0, True),
+        ("entropy", False, "lens", 5.0, True),
+        ("choice_entropy", True, "spade", 0.0, False),
+        ("choice_entropy", True, "lens", 0.0, False),
+        ("choice_entropy", False, "lens", 5.0, False),
+    ],
+)
+def test_a_check_costs_the_head_that_is_computed(
+    confidence: str, narrows: bool, readout: str, check: float, answers: bool
+) -> None:
+    found = prices(4, 5.0, None, confidence, 100.0, readout, narrows)
+    assert found == Prices(4, 5.0, check, answers)
+    lens = LinearLens.identity(4, 10)  # stands for one of 10 x 10 weights
+    found = prices(4, 5.0, lens, confidence, 100.0, readout, narrows)
+    assert found == Prices(4, 5.0, check + 2.0, answers)
 
 
 def test_repeats_count_and_a_ranks_copies_do_not() -> None:
@@ -162,7 +215,9 @@ def test_the_account_says_what_the_layers_and_the_head_saw(
     assert checks == pytest.approx(round(checks))
     answers = total.head_token_layers / lm.prices.head
     assert heads == round(answers) + round(checks)
-    if scope == "request":  # requests may read the context's last token from several layers
+    if cls is LensExitLM and threshold > 0:  # what exits at its check has its answer from there
+        assert round(answers) < total.positions_scored
+    elif scope == "request":  # requests may read the context's last token from several layers
         assert round(answers) >= total.positions_scored
     else:
         assert answers == pytest.approx(total.positions_scored)
@@ -177,6 +232,19 @@ def test_the_account_says_what_the_layers_and_the_head_saw(
         assert set(total.exits) == {1}
     if cls is LensExitLM:
         assert total.tail_token_layers == 0
+
+
+def test_a_head_that_is_computed_whole_for_a_few_choices_is_charged() -> None:
+    model = copy.deepcopy(tiny("llama", vocab_size=BYTES, max_position_embeddings=256))
+    model.lm_head._hf_hook = None  # as accelerate leaves its own there
+    kwargs: dict[str, Any] = {"tokenizer": byte_tokenizer(), "batch_size": 1, "max_length": 60}
+    lm = SpadeExitLM(model, 0.5, confidence="choice_entropy", **EVERY, **kwargs)
+    requests = instances(("x", "y"))
+    _, heads, _ = run_and_watch(lm, requests)
+    total = lm.account.total
+    checks = round(total.check_token_layers / lm.prices.head)
+    assert heads == round(total.head_token_layers / lm.prices.head) + checks
+    assert checks >= 12
 
 
 def test_a_position_read_for_two_contexts_is_accounted_as_computed() -> None:

@@ -210,6 +210,22 @@ def test_start_states_are_computed_once_and_bounded() -> None:
 
 
 @torch.no_grad()
+def test_start_states_of_another_precision_are_computed_again() -> None:
+    backbone = Backbone(tiny("llama"))
+    ids = random_ids(3, 8)
+
+    def answers() -> Tensor:
+        states = backbone.hidden_states(ids)[2][:, -1]
+        return decoders.spade(backbone, states, 2, ids[:, -1], ids[:, 0])
+
+    alone = answers()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = answers()
+    assert not torch.equal(rough.float(), alone)
+    assert torch.equal(answers(), alone)
+
+
+@torch.no_grad()
 def test_more_distinct_starts_than_the_store_holds_still_decode() -> None:
     backbone = Backbone(tiny("llama"))
     ids = torch.arange(3, 43)[:, None].repeat(1, 4)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
 from test_lm import build
 from zoo import byte_tokenizer
@@ -20,7 +22,7 @@ from zoo import byte_tokenizer
 from spade_eval import scoring
 from spade_eval.errors import UserError
 from spade_eval.fit import documents, rows
-from spade_eval.fit.documents import Document, from_tasks, from_text
+from spade_eval.fit.documents import Document, enough, from_tasks, from_text
 from spade_eval.lm.layer import LogitLensLM
 
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -34,6 +36,12 @@ from datasets import Dataset, DatasetDict
 def load(**_):
     rows = json.loads((Path(__file__).parent / "{name}.json").read_text("utf-8"))
     return DatasetDict({{split: Dataset.from_list(r) for split, r in rows.items()}})
+
+def load_in_any_order(**_):
+    import random
+    found = load()
+    order = random.sample(range(len(found["train"])), len(found["train"]))
+    return DatasetDict({{**found, "train": found["train"].select(order)}})
 
 def training_rows_as_a_stream(rows):
     return rows if rows[0]["q"] == "t" else iter(list(rows))
@@ -513,6 +521,22 @@ def test_tasks_whose_answers_are_not_known(lm: Any, tmp_path: Path) -> None:
             from_tasks(lm, [name], include_path=tmp_path)
 
 
+def test_tasks_that_shuffle_are_built_as_lm_eval_builds_them(tmp_path: Path) -> None:
+    """Whatever random numbers were drawn before, and whichever tasks stand beside."""
+    shuffling = {"functions": {"custom_dataset": "load_in_any_order"}}
+    for name in ("one", "two"):
+        choice_task(tmp_path, [0, 1, 2] * 5, name, **shuffling)
+
+    def questions(names: list[str], seed: int) -> list[str]:
+        random.seed(seed)
+        task = documents.load_tasks(names, tmp_path)["two"]
+        return [row["q"] for row in task.training_docs()]
+
+    random.seed(0)  # lm-eval's own
+    order = random.sample(range(15), 15)
+    assert questions(["two"], 5) == questions(["one", "two"], 6) == [f"q{n}" for n in order]
+
+
 # ---------------------------------------------------------------- text files
 
 
@@ -521,7 +545,7 @@ def test_lines_of_json(lm: Any, tmp_path: Path) -> None:
     written = ["One\u2028line.", "Two\n\nparts", "Drei Äpfel", "One\u2028line.", "  "]
     lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in written]
     path.write_text("\r\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:]) + "\n", "utf-8-sig")
-    docs = from_text(lm, path)
+    docs = list(from_text(lm, path))
     assert sorted(texts(docs).values()) == sorted(("", text) for text in written[:3])
     assert {doc.task for doc in docs} == {"texts.jsonl"}
     assert {doc.context for doc in docs} == {(lm.prefix_token_id,)}
@@ -530,7 +554,7 @@ def test_lines_of_json(lm: Any, tmp_path: Path) -> None:
 def test_plain_text(lm: Any, tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_bytes("\ufeffFirst\nstill first\r\n\r\nSecond \n \t\n\n\nThird\n".encode())
-    found = {text for _, text in texts(from_text(lm, path)).values()}
+    found = {text for _, text in texts(list(from_text(lm, path))).values()}
     assert found == {"First\nstill first", "Second ", "Third\n"}
 
 
@@ -540,15 +564,45 @@ def test_text_is_cut_into_windows_and_shuffled(tmp_path: Path) -> None:
     written = [f"{n:02d} " + "".join(rng.choices("abcdef", k=9 * (n % 4))) for n in range(30)]
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(written), "utf-8")
-    docs = from_text(lm, path)
+    docs = list(from_text(lm, path))
     parts: dict[int, str] = {}
     for doc in docs:
         assert len(doc.context + doc.continuation) <= 11
         parts[doc.doc_id] = parts.get(doc.doc_id, "") + byte_tokenizer().decode(doc.continuation)
     assert parts == dict(enumerate(written))
     assert list(parts) != sorted(parts)
-    assert from_text(lm, path, most=7) == docs[:7]
-    assert from_text(lm, path, seed=1) != docs
+    assert list(from_text(lm, path, seed=1)) != docs
+
+
+def test_texts_become_tokens_when_it_is_their_turn(tmp_path: Path) -> None:
+    lm = build(LogitLensLM, layer=1, max_length=10)
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(f"text {n} " * 9 for n in range(50)), "utf-8")
+    encoded = []
+    encode = lm.tok_encode
+    lm.tok_encode = lambda text, **kwargs: encoded.append(text) or encode(text, **kwargs)
+    found = enough(from_text(lm, path), lambda d: len(d.continuation), 60, share=1)
+    assert sum(len(document.continuation) for document in found) >= 60
+    assert len(encoded) == len({document.doc_id for document in found}) == 2
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=9), min_size=1, max_size=12),
+    budget=st.integers(1, 200),
+)
+def test_a_long_text_leaves_room_for_others(sizes: list[list[int]], budget: int) -> None:
+    every = [
+        Document((), (0,) * size, task="t", doc_id=n)
+        for n, parts in enumerate(sizes)
+        for size in parts
+    ]
+    found = enough(iter(every), lambda d: len(d.continuation), budget, share=0.1)
+    got = [sum(len(d.continuation) for d in found if d.doc_id == n) for n in range(len(sizes))]
+    assert len({id(document) for document in found}) == len(found)
+    assert len(sizes) < 2 or sum(map(bool, got)) >= 2
+    assert sum(got) >= min(budget, sum(map(sum, sizes)))  # as many as there are
+    if sum(min(sum(parts), budget / 10) for parts in sizes) >= budget:
+        assert max(got) <= budget / 10 + 20  # up to one window more
 
 
 @pytest.mark.parametrize(
@@ -570,4 +624,4 @@ def test_bad_text_files(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        from_text(lm, tmp_path / name)
+        list(from_text(lm, tmp_path / name))

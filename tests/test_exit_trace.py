@@ -222,6 +222,31 @@ def test_every_read_exits_where_the_loop_says_and_answers_as_spade_does_there(
         assert len(layers) > 2, "the thresholds are to spread the exits"
 
 
+@pytest.mark.parametrize("confidence", ["entropy", "max_prob"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_5"])
+def test_a_check_that_answers_says_what_the_map_and_the_head_say(
+    family: str, scope: Any, confidence: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a block holds: another lens of the same maps is asked again, and agrees."""
+    asked, lens = questions(8), maps(family)
+    again = Linear(copy.deepcopy(lens))
+    spread = set()
+    thresholds = (2.0, 2.6, 3.2) if confidence == "entropy" else (0.5, 0.35, 0.2)
+    blocks = ((1, True), (3, False), (1000, True))
+    for threshold, (rows, packed) in zip(thresholds, blocks, strict=True):
+        exits = rule(threshold, scope=scope, confidence=confidence)
+        monkeypatch.setattr(Backbone, "logits_rows", lambda *_, rows=rows: rows)
+        ours = run(asked, family, exits, lens, Linear(lens), packed)
+        theirs = run(asked, family, exits, lens, again, packed)
+        for key, read in ours.items():
+            assert read.layer == theirs[key].layer
+            assert read.confidence == pytest.approx(theirs[key].confidence, nan_ok=True, abs=0)
+            assert read.logprob == pytest.approx(theirs[key].logprob, abs=1e-5)
+            spread.add(read.layer)
+    assert len(spread) > 2
+
+
 def _at(batch: Batch, family: str, layer: int) -> list[tuple[Key, float]]:
     keys = zip(batch.requests.tolist(), batch.scored_positions[batch.read_at].tolist(), strict=True)
     answers = score(backbone(family), batch, Spade(), layer)
@@ -474,6 +499,66 @@ def test_checks_are_counted_as_they_are_made() -> None:
         assert np.isnan(trace.confidence).tolist() == (positions == 0).tolist()
 
 
+@torch.no_grad()
+def heads(batch: Batch, family: str, exits: ExitRule, decoder: Decoder, **choices: Any) -> tuple[Trace, list[int]]:  # fmt: skip
+    """A trace, and the rows of each call of the head."""
+    one, seen = backbone(family), []
+    handle = one.model.get_output_embeddings().register_forward_hook(
+        lambda _m, args, _o: seen.append(len(args[0]))
+    )
+    try:
+        (trace,) = score_with_exits(one, [batch], decoder, maps(family), exits, choices)
+    finally:
+        handle.remove()
+    return trace, seen
+
+
+def test_a_position_is_measured_once_for_all_that_look_at_it() -> None:
+    """Four answers of one token are four requests, and one position."""
+    asked = [Request((5, 6, 7, 8), (n,)) for n in range(10, 14)]
+    (batch,) = batches(asked, "llama", True, 64)
+    assert len(batch.scored) == 1
+    for threshold, layer in ((0.01, 4), (99.0, 1)):
+        trace, seen = heads(batch, "llama", rule(threshold, scope="request"), Spade())
+        assert trace.exit_layers.tolist() == [layer] * 4
+        assert seen == [1] * (3 if layer == 4 else 1) + [1], "each check, and the answer"
+        assert trace.checked.tolist() == [3 if layer == 4 else 1] * 4
+        assert len({*trace.confidence.tolist()}) == 1
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_check_that_answers_needs_no_head_again(packed: bool, scope: Any) -> None:
+    """Only positions that exit without a check of their own, or not at all, are read afterwards."""
+    asked, lens, kept = questions(9), maps("llama"), 0
+    (batch, *_) = batches(asked, "llama", packed, 64)
+    for threshold in (2.0, 2.6, 99.0):
+        exits = rule(threshold, scope=scope)
+        trace, seen = heads(batch, "llama", exits, Linear(lens))
+        _, asks = heads(batch, "llama", exits, Linear(copy.deepcopy(lens)))
+        who, layers = trace.decisions, trace.exit_layers
+        left = {*zip(who.member_at.tolist(), layers[who.member_of].tolist(), strict=True)}
+        checked = {*zip(who.check_at.tolist(), layers[who.check_of].tolist(), strict=True)}
+        answered = {(at, layer) for at, layer in checked if layer < 4}
+        assert answered <= left
+        assert sum(asks) - sum(seen) == len(answered)
+        if scope == "token":
+            first = batch.scored_positions[batch.read_at] == 0
+            assert len(left - answered) == (layers == 4).sum() >= first.any()
+        kept += len(answered)
+    assert kept > 5
+
+
+@torch.no_grad()
+def test_no_block_of_logits_is_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backbone, "logits_rows", lambda *_: 2)
+    (batch, *_) = batches(questions(9), "llama", True, 64)
+    for decoder in (Spade(), Linear(maps("llama"))):
+        _, seen = heads(batch, "llama", rule(2.6, scope="token"), decoder)
+        assert max(seen) == 2
+        assert len(seen) > 9
+
+
 # ---------------------------------------------------------------- a head of a few columns
 
 HEADS = ["llama", "gemma2", "cohere", "granite", "phi", "bloom", "opt_projected", "falcon"]
@@ -515,6 +600,32 @@ def test_columns_are_right_wherever_the_head_is_put_later(case: str) -> None:
     h = torch.randn(5, one.width, generator=torch.Generator().manual_seed(0))
     columns = torch.tensor([96, 3, 50])
     torch.testing.assert_close(one.logits(h, columns), one.logits(h)[:, columns])
+
+
+def test_choices_are_asked_in_blocks_where_the_whole_head_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = [Request(r.context, (n,)) for r in questions(4)[::2] for n in (10, 11, 12)]
+    choices = {i: [10, 11, 12] for i in range(len(asked))}
+    plain = backbone("llama")
+    one = Backbone(copy.deepcopy(plain.model))
+    head = one.model.lm_head
+    head._hf_hook = None  # as accelerate leaves its own there
+    monkeypatch.setattr(Backbone, "logits_rows", lambda *_: 2)
+    seen: list[tuple[int, ...]] = []
+    head.register_forward_hook(lambda _m, _a, out: seen.append(tuple(out.shape)))
+    (batch, *_) = batches(asked, "llama", True, 64)
+    exits = rule(0.5, confidence="choice_entropy")
+    found = []
+    for which in (plain, one):
+        with torch.no_grad():
+            (trace,) = score_with_exits(which, [batch], Spade(), maps("llama"), exits, choices)
+        found.append(trace)
+    ours, theirs = found[1], found[0]
+    assert {rows for rows, _, columns in seen if columns == VOCAB} == {1, 2}
+    assert ours.exit_layers.tolist() == theirs.exit_layers.tolist()
+    np.testing.assert_allclose(ours.confidence, theirs.confidence, atol=1e-5)
+    np.testing.assert_allclose(ours.answers.logprobs, theirs.answers.logprobs, atol=1e-5)
 
 
 def test_the_head_comes_back_whatever_happens() -> None:

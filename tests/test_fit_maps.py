@@ -355,6 +355,21 @@ def test_two_ranks_write_what_one_writes(spade: bool, tmp_path: Path) -> None:
         assert (alone / name).read_bytes() == (both / name).read_bytes(), name
 
 
+def test_the_last_bits_do_not_depend_on_who_computed_the_batches_before(tmp_path: Path) -> None:
+    """Of sequences that begin with many different tokens."""
+    model = tiny("llama", hidden_size=192, intermediate_size=512)
+    sequences = random_ids(60, 6).tolist()
+    requests = [scoring.Request(tuple(ids[:2]), tuple(ids[2:])) for ids in sequences]
+    todo = states.jobs(requests, layout(Backbone(model)), 30, 200, seed=1)
+    assert len(todo) > 5
+    alone, both = tmp_path / made(tmp_path, "one"), tmp_path / made(tmp_path, "two")
+    states.collect(Backbone(model), todo, LAYERS, True, alone)
+    for rank in (0, 1):
+        states.collect(Backbone(model), todo, LAYERS, True, both, rank=rank, world_size=2)
+    for path in alone.iterdir():
+        assert path.read_bytes() == (both / path.name).read_bytes(), path.name
+
+
 def test_batches_that_are_done_are_not_computed_again(tmp_path: Path) -> None:
     backbone = Backbone(tiny("llama"))
     todo = states.jobs(REQUESTS, layout(backbone), 30, 25, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections import Counter
@@ -500,6 +501,79 @@ def test_work_is_what_the_layers_saw(family: str) -> None:
     assert late > 0
 
 
+@pytest.mark.parametrize("asked", [(7, 7, 7, 7), RAGGED], ids=["even", "ragged"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+@torch.no_grad()
+def test_work_of_rows_that_share_calls_is_what_the_layers_saw(
+    family: str, asked: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that are computed again beside rows that lack more are work too; padding is not."""
+    one, again = scored_backbone(family), 0
+    advance = one.advance
+    for threshold, seed in itertools.product(thresholds(family), (11, 12)):
+        policy, given = exits(family, threshold), prompts(asked, seed)
+        run(family, policy, given, 12)  # the start tokens are known from here on
+        sequences = Sequences(one, policy, np.array(asked))
+        padding = 0
+
+        def watch(lane: Any, to: int, sequences: Sequences = sequences) -> Any:
+            nonlocal padding
+            span, first = sequences._keys.span, sequences._first
+            rows = first if span.rows is None else first[span.rows.numpy()]
+            if len(lane.h) == len(rows) and lane.h.shape[1] == span.end - span.begin:
+                padding += int(np.maximum(rows - span.begin, 0).sum()) * (to - lane.depth)
+            return advance(lane, to)
+
+        monkeypatch.setattr(one, "advance", watch)
+        seen, handles = watched(family)
+        ids, needed = given["input_ids"], np.zeros(4, dtype=np.int64)
+        depths: list[Any] = []
+        for _ in range(12):
+            step = sequences.step(ids)
+            depths.append(step.layers)
+            ids = torch.cat([ids, step.logits.argmax(-1)[:, None]], 1)
+        for handle in handles:
+            handle.remove()
+        monkeypatch.undo()
+        work = sequences.work
+        main = work.prompt + work.decode + work.backfilled
+        assert sum(seen.values()) == main.sum() + work.tail.sum() + padding
+        # Without sharing every token climbs as far as the deepest after it, once.
+        deepest = np.maximum.accumulate(np.array(depths)[::-1])[::-1]  # (12, B')
+        needed = np.array(asked) * deepest[0] + deepest[1:].sum(0)
+        assert (main >= needed).all()
+        again += int((main - needed).sum())
+    assert again > 0, "no row has joined another's call"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_check_that_answers_needs_no_head_again(family: str) -> None:
+    """A lens that is also the decoder has given the answer; a copy of it is asked again."""
+    head, lens, answered = scored_backbone(family).model.get_output_embeddings(), maps(family), 0
+    for threshold in thresholds(family):
+        found = []
+        for decoder in (Linear(lens), Linear(copy.deepcopy(lens))):
+            rows: list[int] = []
+            handle = head.register_forward_hook(lambda _m, args, _o, rows=rows: rows.append(len(args[0])))  # fmt: skip
+            output, happened = run(
+                family, exits(family, threshold, decoder), prompts(RAGGED, 7), 8,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            handle.remove()
+            work = happened.work
+            assert sum(rows) == work.checks.sum() + work.heads.sum()
+            found.append((output, happened))
+        (ours, one), (theirs, other) = found
+        assert one.tokens == other.tokens
+        assert one.exit_layers == other.exit_layers
+        np.testing.assert_array_equal(one.confidence, other.confidence)
+        torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-5, rtol=1e-5)  # fmt: skip
+        assert other.work.heads.tolist() == [8] * 4
+        assert one.work.heads.tolist() == [layers.count(4) for layers in one.exit_layers]
+        answered += 32 - int(one.work.heads.sum())
+    assert answered > 5
+
+
 def test_no_layer_above_a_fixed_one_sees_the_prompt() -> None:
     seen, handles = watched("llama")
     _, happened = run("llama", Policy((2,), LogitLens()), prompts((9, 9), 3), 5)
@@ -525,8 +599,10 @@ def test_rows_that_have_finished_cost_nothing() -> None:
         for row, new in enumerate((2, 10, 4)):
             _, alone = run("llama", policy, {"input_ids": asked["input_ids"][row : row + 1]}, new)
             assert alone.tokens[0] == happened.tokens[row]
-            for name in ("prompt", "decode", "backfilled", "tail", "checks"):
+            for name in ("prompt", "decode", "tail", "checks", "heads"):
                 assert getattr(alone.work, name)[0] == getattr(happened.work, name)[row]
+            # Beside others a row may be computed again, so that they share a call.
+            assert alone.work.backfilled[0] <= happened.work.backfilled[row]
 
 
 def test_thresholds_that_nothing_meets_make_no_check() -> None:

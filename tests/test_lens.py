@@ -31,9 +31,16 @@ from zoo import FAMILIES, tiny
 
 from spade_eval import lens_files
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import adapter_fingerprint, fingerprint, same
+from spade_eval.fingerprint import (
+    adapter_fingerprint,
+    adapter_scaling,
+    fingerprint,
+    head_rows,
+    layers_fingerprint,
+    same,
+)
 from spade_eval.lens import LensConfig, LinearLens, low_rank
-from spade_eval.lens_match import check
+from spade_eval.lens_match import check, owner
 
 D, L = 32, 4  # as in the zoo
 CONFIG = LensConfig(
@@ -244,6 +251,8 @@ def test_an_impossible_rank_is_an_error(r: int) -> None:
         ({"width": 0}, "width=0"),
         ({"tokens": True}, "tokens=True"),
         ({"fingerprint": None}, "fingerprint=None"),
+        ({"layers_fingerprint": None}, "layers_fingerprint=None"),
+        ({"head_rows": 0}, "head_rows=0"),
     ],
 )
 def test_a_config_that_no_lens_can_have_is_an_error(wrong: dict, says: str) -> None:
@@ -253,6 +262,17 @@ def test_a_config_that_no_lens_can_have_is_an_error(wrong: dict, says: str) -> N
 
 def test_a_config_survives_json() -> None:
     assert LensConfig.from_json(json.loads(json.dumps(CONFIG.to_json())), "x") == CONFIG
+
+
+def test_a_config_may_lack_what_older_lenses_do_not_tell() -> None:
+    config = LensConfig(
+        **(vars(CONFIG) | {"layers_fingerprint": "a-b", "adapter_scaling": "c", "head_rows": 9})
+    )
+    raw = config.to_json()
+    assert LensConfig.from_json(raw, "x") == config
+    for name in ("layers_fingerprint", "adapter_scaling", "head_rows"):
+        del raw[name]
+    assert LensConfig.from_json(raw, "x") == CONFIG
 
 
 # ---------------------------------------------------------------------- save and load
@@ -680,6 +700,92 @@ def test_an_adapter_that_transformers_loaded_counts_too(monkeypatch: pytest.Monk
     assert adapter_fingerprint(model) is not None
 
 
+def test_the_adapters_scaling_is_in_a_hash_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny("llama")
+    assert adapter_scaling(base) is None
+    model, other = lora(base, lora_alpha=8), lora(base, lora_alpha=64)
+    found = adapter_scaling(model)
+    assert adapter_fingerprint(model) == adapter_fingerprint(other)  # no weight tells it
+    assert len({found, adapter_scaling(other), adapter_scaling(lora(base, use_rslora=True))}) == 3
+    # Neither what an adapter is called, nor who loaded it, counts.
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, adapter_name="another")
+    assert adapter_scaling(again) == found
+    monkeypatch.setattr(
+        "transformers.integrations.peft.check_peft_version", lambda min_version: None
+    )
+    native = copy.deepcopy(base)
+    native.load_adapter(str(tmp_path))
+    assert adapter_scaling(native) == found
+    # The active ones do.
+    config = peft.LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj"])
+    model.add_adapter("second", config)
+    assert adapter_scaling(model) == found
+    model.set_adapter("second")
+    assert adapter_scaling(model) == adapter_scaling(other)
+    with other.disable_adapter():
+        assert adapter_scaling(other) not in (found, adapter_scaling(model))
+
+
+def test_one_layers_scaling_counts() -> None:
+    model = lora(tiny("llama"))
+    before = adapter_scaling(model)
+    model.get_submodule("base_model.model.model.layers.2.self_attn.q_proj").set_scale("default", 3)
+    assert adapter_scaling(model) != before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_fingerprint_of_its_own_layers(family: str) -> None:
+    base = tiny(family)
+    before = layers_fingerprint(base)
+    assert before
+    wrapped = lora(base, target_modules="all-linear")
+    assert layers_fingerprint(wrapped) == before
+    with torch.no_grad():
+        base = copy.deepcopy(base)
+        for outside in (base.get_input_embeddings(), base.get_output_embeddings()):
+            outside.weight.add_(1)
+    assert layers_fingerprint(base) == before
+    assert not same(layers_fingerprint(wrapped.merge_and_unload()), before)
+
+
+def test_experts_with_an_adapter_have_the_fingerprint_of_their_layers() -> None:
+    base = tiny("gpt_oss")
+    wrapped = lora(base, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    assert layers_fingerprint(wrapped) == layers_fingerprint(base)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_checkpoints_layers_have_one_fingerprint_in_every_dtype(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    copy.deepcopy(tiny("llama")).to(stored).save_pretrained(tmp_path)
+    full, brain, half = (
+        layers_fingerprint(load_as(tmp_path, t))
+        for t in (torch.float32, torch.bfloat16, torch.float16)
+    )
+    assert same(full, brain) and same(full, half)
+
+
+def test_layers_that_are_not_the_checkpoints_have_no_fingerprint(tmp_path: Path) -> None:
+    quantised, packed = copy.deepcopy(tiny("llama")), copy.deepcopy(tiny("llama"))
+    quantised.is_quantized = True  # as transformers marks it
+    assert layers_fingerprint(quantised) == ""
+    q = packed.model.layers[1].self_attn.q_proj
+    q.weight = nn.Parameter(q.weight.to(torch.int8), requires_grad=False)
+    assert layers_fingerprint(packed) == ""
+    merged = lora(tiny("llama"))
+    merged.merge_adapter()
+    assert layers_fingerprint(merged) == ""
+    merged.unmerge_adapter()
+    assert layers_fingerprint(merged)
+    offloaded = copy.deepcopy(tiny("llama"))
+    accelerate.disk_offload(offloaded, tmp_path, execution_device=torch.device("cpu"))
+    assert layers_fingerprint(offloaded) == ""
+
+
 def test_offloaded_weights_are_read(tmp_path: Path) -> None:
     model = copy.deepcopy(tiny("llama"))
     before = fingerprint(model)
@@ -700,8 +806,10 @@ def test_weights_without_values_are_an_error() -> None:
 
 
 def config_of(model: nn.Module, **overrides: object) -> LensConfig:
-    own = {"fingerprint": fingerprint(model), "adapter": adapter_fingerprint(model)}
-    return LensConfig(**(vars(CONFIG) | own | overrides))
+    return LensConfig(**(vars(CONFIG) | owner(model) | overrides))
+
+
+UNKNOWN = {"layers_fingerprint": "", "head_rows": None, "adapter_scaling": None}
 
 
 def test_a_lens_fits_its_model(caplog: pytest.LogCaptureFixture) -> None:
@@ -753,6 +861,66 @@ def test_another_adapter_is_refused_both_ways() -> None:
         with pytest.raises(UserError, match=f"its adapter is {its}, the model's is {models}"):
             check(config, model, "x")
         check(config, model, "x", force=True)
+
+
+def test_another_scaling_of_its_adapter_is_refused() -> None:
+    a, b = (lora(tiny("llama"), lora_alpha=alpha) for alpha in (8, 64))
+    says = f"scaling .* is {adapter_scaling(a)}, the model's is {adapter_scaling(b)}"
+    with pytest.raises(UserError, match=says):
+        check(config_of(a), b, "x")
+    check(config_of(a), b, "x", force=True)
+    check(config_of(a, **UNKNOWN), a, "x")  # what an older lens does not tell is not asked for
+    check(config_of(a, **UNKNOWN), b, "x")
+
+
+def test_a_merged_adapter_makes_another_model() -> None:
+    base = tiny("llama")
+    merged = lora(base, target_modules="all-linear").merge_and_unload()
+    assert fingerprint(merged) == fingerprint(base)
+    for its, model in ((base, merged), (merged, base)):
+        says = f"layers is {layers_fingerprint(its)} .*, the model's is {layers_fingerprint(model)}"
+        with pytest.raises(UserError, match=says):
+            check(config_of(its), model, "x")
+        check(config_of(its), model, "x", force=True)
+        check(config_of(its, **UNKNOWN), model, "x")
+
+
+def test_layers_that_cannot_be_read_are_not_compared(tmp_path: Path) -> None:
+    base = tiny("llama")
+    offloaded = accelerate.disk_offload(
+        copy.deepcopy(base), tmp_path, execution_device=torch.device("cpu")
+    )
+    assert owner(offloaded) == owner(base) | {"layers_fingerprint": ""}
+    check(config_of(base), offloaded, "x")
+    check(config_of(offloaded), base, "x")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi's head has a bias
+def test_padding_of_the_vocabulary_does_not_make_another_model(family: str) -> None:
+    """lm-eval cuts it to the tokenizer's size where it loads an adapter."""
+    padded = tiny(family)
+    cut = copy.deepcopy(padded)
+    cut.resize_token_embeddings(90)
+    padded, cut = lora(padded), lora(cut)
+    assert (head_rows(padded), head_rows(cut)) == (97, 90)
+    check(config_of(cut), padded, "x")
+    with pytest.raises(UserError, match=r"head had 97 rows, this has 90.*resize_token_embeddings"):
+        check(config_of(padded), cut, "x")
+    # An older lens knows no number: what makes the heads equal is said, and does.
+    old = config_of(cut, **UNKNOWN)
+    with pytest.raises(UserError, match=r"head has 97 rows.*resize_token_embeddings\(len\(tok"):
+        check(old, padded, "x")
+    padded.resize_token_embeddings(90)
+    check(old, padded, "x")
+
+
+def test_rows_that_the_lens_knows_are_compared() -> None:
+    cut, other = copy.deepcopy(tiny("llama")), copy.deepcopy(tiny("llama"))
+    cut.resize_token_embeddings(90)
+    with torch.no_grad():
+        other.lm_head.weight[89] += 1
+    with pytest.raises(UserError, match="fingerprint of norm and head"):
+        check(config_of(cut), other, "x")
 
 
 # ---------------------------------------------------------------------- the tuned-lens package

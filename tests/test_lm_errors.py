@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.model import CachingLM
 from lm_eval.config.evaluate_config import EvaluatorConfig
+from peft import LoraConfig, get_peft_model
 from sqlitedict import SqliteDict
 from test_lm import build, close, dies_at, instances, model
 from zoo import byte_tokenizer, tiny
 
 from spade_eval import scoring
 from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.lens import LinearLens
+from spade_eval.lens_config import LensConfig
 from spade_eval.lm import generation
 from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
 from spade_eval.lm.memory import largest_batch_size
@@ -108,6 +112,32 @@ def test_a_model_that_is_not_there_is_named(name: str) -> None:
         UserError, match=rf"^pretrained={name} cannot be loaded \(.+\). Give a model's"
     ):
         SpadeLayerLM(pretrained=name, layer=1)
+
+
+def test_the_argument_at_fault_is_named(tmp_path: Path) -> None:
+    names = ("base", "lens", "adapter")
+    base, lens, adapter = (str(tmp_path / name) for name in names)
+    model().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    LinearLens(LensConfig("l_spade", "base", 4, 32, (2,))).save_pretrained(lens)
+    get_peft_model(copy.deepcopy(model()), LoraConfig(r=2)).save_pretrained(adapter)
+    for given, message in [
+        ({"pretrained": lens}, f"^pretrained={lens} .*It is a lens: give it as lens="),
+        ({"pretrained": adapter}, f"^pretrained={adapter} .*It is an adapter: give it as peft="),
+        ({"tokenizer": "/nowhere/x"}, r"^tokenizer=/nowhere/x cannot be loaded \(.+\)\. Give an"),
+        ({"tokenizer": lens}, f"^tokenizer={lens} cannot be loaded"),
+        ({"delta": "/nowhere/x"}, r"^delta=/nowhere/x cannot be loaded"),
+        ({"subfolder": "step10"}, rf"^pretrained={base}, subfolder=step10 cannot be loaded"),
+        ({"attn_implementation": "spda"}, r"^attn_implementation=spda cannot be loaded"),
+    ]:
+        with pytest.raises(UserError, match=message) as raised:
+            SpadeLayerLM(**{"pretrained": base, "layer": 1, "device": "cpu"} | given)
+        assert "\n" not in str(raised.value)
+
+
+def test_dtypes_may_be_named_as_torch_names_them() -> None:
+    lm = build(SpadeLayerLM, layer=1, mixed_precision_dtype="torch.bfloat16")
+    assert lm.mixed_precision_dtype == torch.bfloat16
 
 
 def test_encoder_decoder_models_are_refused(tmp_path: Path) -> None:

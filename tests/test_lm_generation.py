@@ -220,8 +220,18 @@ def test_the_account_of_texts_by_task() -> None:
     assert lm.account.generation_seconds <= lm.account.seconds
     alone = build(SpadeExitLM, threshold=4.0, batch_size=1, **EVERY)
     alone.generate_until(requests(GREEDY, task="a"))
-    expected = alone.account.report()["tasks"]["a"]  # type: ignore[index]
-    assert parts["a"] == expected
+    expected: Any = alone.account.report()["tasks"]["a"]  # type: ignore[index]
+    # Rows that share calls compute a few tokens again, and are told so.
+    assert parts["a"]["backfilled_token_layers"] > expected["backfilled_token_layers"]
+    shared = {
+        "main_token_layers",
+        "backfilled_token_layers",
+        "token_layer_ratio",
+        "implied_speedup",
+    }
+    assert {k: v for k, v in parts["a"].items() if k not in shared} == {
+        k: v for k, v in expected.items() if k not in shared
+    }
 
 
 def test_repeated_requests_of_another_rank_do_not_count() -> None:

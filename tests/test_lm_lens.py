@@ -7,6 +7,7 @@ import copy
 import json
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -18,7 +19,8 @@ from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
-from spade_eval.lm.layer import LinearLensLM, LogitLensLM, LSpadeLM, TunedLensLM
+from spade_eval.lm import lenses
+from spade_eval.lm.layer import LinearLensLM, LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -321,6 +323,39 @@ def test_a_cache_is_not_shared_by_lenses(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=f"answers of another configuration.*{differs}"):
             answer(other, path)
+
+
+@pytest.fixture
+def rescaled(tmp_path: Path) -> Any:
+    """A model with an adapter whose config alone has been edited."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model()), config).save_pretrained(adapter)
+
+    def make(alpha: int) -> SpadeLayerLM:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": alpha}))
+        return SpadeLayerLM(pretrained=str(base), peft=str(adapter), device="cpu", layer=2)
+
+    return make
+
+
+def test_a_cache_is_of_one_scaling_of_an_adapter(tmp_path: Path, rescaled: Any) -> None:
+    path = tmp_path / "answers.db"
+    first, _ = answer(rescaled(8), path)
+    assert answer(rescaled(8), path)[0] == first
+    with pytest.raises(UserError, match=r"answers of another configuration.*weights was"):
+        answer(rescaled(64), path)
+
+
+def test_a_model_is_recognised_by_the_scaling_of_its_adapter(rescaled: Any) -> None:
+    identity = LinearLens.identity(L, D)
+    a, b, again = (lenses.recognise(rescaled(alpha).model, identity) for alpha in (8, 64, 8))
+    assert a == again
+    assert {name for name in a if a[name] != b[name]} == {"model", "adapter"}
 
 
 def test_both_classes_are_one() -> None:

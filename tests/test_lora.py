@@ -23,7 +23,7 @@ from torch import nn
 from transformers import Trainer
 from zoo import BYTES, VOCAB, byte_tokenizer, random_ids, tiny
 
-from spade_eval import adapter_files
+from spade_eval import adapter_files, adapters, lens_match
 from spade_eval.cli import main
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint
@@ -495,7 +495,8 @@ def test_a_lens_belongs_to_the_adapter(whole: Path, saved: Path, tmp_path: Path)
     text.write_text("\n\n".join(f"the {word} and the {word}" for word in ("sea", "sun", "moon")))
     lm = SpadeLayerLM(pretrained=str(saved), peft=str(whole), layer=-1, **common)
     given = FitSettings("l_spade", tmp_path / "lens", text=text, max_positions=30, epochs=0)
-    assert fit(lm, given).config.adapter == adapter_fingerprint(lm.model)
+    told, its = fit(lm, given).config.to_json(), lens_match.owner(lm.model)
+    assert {name: told[name] for name in its} == its
     use = {"layer": 2, "lens": str(tmp_path / "lens"), **common}
     LSpadeLM(pretrained=str(saved), peft=str(whole), **use)
     adapted(model()).save_pretrained(tmp_path / "another")
@@ -554,6 +555,31 @@ def test_an_adapter_made_elsewhere_is_taken(saved: Path, tmp_path: Path) -> None
     """It says nothing about its model's weights."""
     adapted(model()).save_pretrained(tmp_path / "theirs")
     SpadeLayerLM(pretrained=str(saved), peft=str(tmp_path / "theirs"), layer=1, device="cpu")
+
+
+def test_an_adapter_of_experts_is_taken(tmp_path: Path) -> None:
+    """Their weights are no `weight`, so that they cannot be compared."""
+    base = tmp_path / "base"
+    net = tiny("gpt_oss", vocab_size=BYTES, max_position_embeddings=256)
+    net.save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    theirs = adapted(net, target_modules=["q_proj"], target_parameters=experts)
+    assert adapters.adapted(theirs) == ""
+    theirs.save_pretrained(tmp_path / "theirs")
+    lm = SpadeLayerLM(pretrained=str(base), peft=str(tmp_path / "theirs"), layer=1, device="cpu")
+    assert adapter_fingerprint(lm.model) == adapter_fingerprint(theirs)
+
+
+@pytest.mark.parametrize("kind", ["packed", "integers"])
+def test_quantised_weights_are_not_compared(kind: str) -> None:
+    theirs = adapted(model(), target_modules=["q_proj", "v_proj"])
+    assert adapters.adapted(theirs)
+    layer = theirs.get_submodule("base_model.model.model.layers.1.self_attn.v_proj.base_layer")
+    weight = layer.weight.to(torch.int8)
+    del layer.weight
+    layer.register_buffer("qweight" if kind == "packed" else "weight", weight)
+    assert adapters.adapted(theirs) == ""
 
 
 def test_what_is_no_adapter_is_refused(saved: Path, tmp_path: Path) -> None:

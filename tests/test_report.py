@@ -612,6 +612,13 @@ def test_generalisation(tmp_path: Path) -> None:
         for t, value, r in ((1.0, 0.6, 1.1), (2.0, 0.4, 1.3))
         for test in ("arc", "boolq")
     ]
+    rows += [
+        cell("lens_exit", "arc", value, threshold=1.0, lens_data=watched, token_layer_ratio=0.8)
+        for watched, value in (
+            ("arc", 0.61), ("boolq", 0.62), ("logit_lens", 0.63),
+            ("tuned_lens:arc", 0.64), ("tuned_lens:boolq", 0.65),
+        )
+    ]  # fmt: skip
     rows += [cell("tuned_lens", "arc", 0.4, layer=8, lens_data="arc")]  # a single number
     rows += [cell("full", "arc", 0.7, layer=12), cell("spade", "arc", 0.7, layer=8)]
     found = {matrix.name: matrix for matrix in generalisation(sweep_of(*rows, folder=tmp_path))}
@@ -620,7 +627,15 @@ def test_generalisation(tmp_path: Path) -> None:
         "l_spade-layer",
         "spade_exit-value",
         "spade_exit-gain",
+        "lens_exit-value",
+        "lens_exit-gain",
+        "lens_exit-tuned_lens-value",
+        "lens_exit-tuned_lens-gain",
     }
+    # A logit lens has no training set; maps of two kinds stand in two tables.
+    for name, arc in (("lens_exit-value", 0.61), ("lens_exit-tuned_lens-value", 0.64)):
+        frame = found[name].frame["arc"]
+        assert frame.to_dict() == pytest.approx({"arc": arc, "boolq": arc + 0.01})
     upper = found["l_spade-upper"]
     assert "layers 6 to 11" in upper.title
     assert upper.frame.loc["arc", "arc"] == pytest.approx(0.5 + 0.08)

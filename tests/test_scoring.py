@@ -167,6 +167,18 @@ def test_truncation_keeps_a_special_first_token_and_cuts_behind_it() -> None:
     assert feed(request, Layout(max_length=6)) == ((0, 1, 2, 3, 4, 5), False)
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30))
+def test_tokens_see_their_ancestors(back: list[int]) -> None:
+    parents = [t - 1 - min(n, t) if n < 7 else t - 1 for t, n in enumerate(back)]
+    sees = visible(parents, len(parents) + 2)
+    for t, parent in enumerate(parents):
+        ancestors = {t}
+        while parent >= 0:
+            ancestors.add(parent)
+            parent = parents[parent]
+        assert set(np.flatnonzero(sees[t])) == ancestors
+
+
 def test_padding_sees_itself_alone() -> None:
     sees = visible([-1, 0, 0], 5)
     assert sees.tolist() == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
 from test_lm import build, instances, model, task_pairs, text
+from zoo import byte_tokenizer
 
 from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError
@@ -242,6 +244,36 @@ def test_metrics_and_their_errors_are_lm_evals(tmp_path: Path) -> None:
                 if "," in k and "_stderr" not in k
             }
             assert names == own
+
+
+def test_a_perplexity_may_overflow(tmp_path: Path) -> None:
+    """Some thousand nats a word, as an early lens may need: lm-eval's own aggregation raises."""
+    network = copy.deepcopy(model())
+    network.lm_head.weight.data *= 1e4
+    few = ask(layers=(2,), decoders=("logit_lens",), thresholds=())
+    lm = SweepLM(pretrained=network, tokenizer=byte_tokenizer(), ask=few, max_length=255)
+    found = run(tmp_path / "out", (TASKS[1],), lm, ask=few).set_index("metric")["value"]
+    assert np.isinf(found["word_perplexity"]).all()
+    assert np.isfinite(found["bits_per_byte"]).all()
+    assert np.isinf(pd.read_csv(tmp_path / "out/sweep.csv")["value"]).any()
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "report")]) == 0
+
+
+def test_errors_without_a_formula_take_the_iterations_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ask(layers=(2,), decoders=("logit_lens",), thresholds=())
+    asked = []
+
+    def bootstrapped(metric: Any, bootstrap_iters: int) -> Any:
+        asked.append(bootstrap_iters)
+
+    monkeypatch.setattr("lm_eval.evaluator_utils.stderr_for_metric", bootstrapped)
+    for n, options in enumerate(({}, {"bootstrap_iters": 7})):
+        lm = build(SweepLM, ask=few, max_length=255)
+        run(tmp_path / f"{n}", TASKS[:1], lm, ask=few, **options)
+        assert set(asked) == {1000 if n == 0 else 7}
+        asked.clear()
 
 
 def test_the_files_hold_the_table(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import re
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from spade_eval.lm.pages import token_windows
 from spade_eval.scoring import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from lm_eval.models.huggingface import HFLM
 
@@ -87,14 +87,15 @@ def of_tasks(
     return take(streams, most)
 
 
-def from_text(lm: HFLM, path: Path, *, seed: int = 0, most: int | None = None) -> list[Document]:
+def from_text(lm: HFLM, path: Path, *, seed: int = 0) -> Generator[Document, None, None]:
     """The texts of a file in shuffled order, in windows of at most `lm.max_length` tokens.
+
+    Each text becomes tokens when it is its turn, as a corpus may be far more than is needed.
 
     Args:
         lm: The model that will read them.
         path: `.jsonl` with a "text" on each line, or plain text with blank lines between texts.
         seed: Decides about the order of the texts.
-        most: Number of windows; None takes all.
 
     Raises:
         UserError: The file cannot be read, or has no text.
@@ -109,7 +110,7 @@ def from_text(lm: HFLM, path: Path, *, seed: int = 0, most: int | None = None) -
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"{path} has no text in it.")
-    return take([_documents(path.name, texts, partial(_windows, lm), seed)], most)
+    return _documents(path.name, texts, partial(_windows, lm), seed)
 
 
 def _json_text(place: str, line: str) -> str:
@@ -149,6 +150,41 @@ def take(streams: Sequence[Generator[T, None, None]], most: int | None) -> list[
     for stream in streams:
         stream.close()
     return items
+
+
+def enough(
+    stream: Iterable[Document], size: Callable[[Document], int], budget: float, share: float
+) -> list[Document]:
+    """Documents of `budget` tokens, of two texts at least.
+
+    Args:
+        stream: All there are, those of a text one after another.
+        size: Tokens of one.
+        budget: Tokens wanted.
+        share: Of the budget; while there are others, no text, which may be a whole book, gives many
+            more.
+    """
+    taken: list[Document] = []
+    spared: list[Document] = []
+    of_text: Counter[tuple[str, int]] = Counter()
+    tokens = spare = 0
+    for document in stream:
+        if tokens >= budget and len(of_text) > 1:
+            break
+        source = document.task, document.doc_id
+        if of_text[source] < share * budget:
+            taken.append(document)
+            of_text[source] += size(document)
+            tokens += size(document)
+        elif spare < budget:
+            spared.append(document)
+            spare += size(document)
+    for document in spared:
+        if tokens >= budget:
+            break
+        taken.append(document)
+        tokens += size(document)
+    return taken
 
 
 @lru_cache(maxsize=4)

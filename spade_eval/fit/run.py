@@ -28,10 +28,11 @@ from spade_eval.fit.progress import Progress
 from spade_eval.fit.settings import check_output, layer_list
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
+from spade_eval.lens_match import owner
 from spade_eval.lm.cache import weights_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from spade_eval.fit.settings import FitSettings
@@ -129,8 +130,7 @@ def _fit(
         layers=tuple(layers),
         rank=settings.rank,
         revision=None if lm.revision == "main" else str(lm.revision),
-        fingerprint=fingerprint(lm.model),
-        adapter=adapter_fingerprint(lm.model),
+        **owner(lm.model),
         teacher="spade" if settings.decoder == "l_spade" else "model",
         positions=settings.positions,
         tasks=settings.tasks or (str(settings.text),),
@@ -174,10 +174,11 @@ def _documents(
     """Documents for training, and those held out."""
     answers = settings.positions == "answer"
     wanted = ANSWERS_PER_POSITION if answers else TOKENS_PER_POSITION
+    stream: Iterable[documents.Document]
     if settings.text is not None:
-        found = documents.from_text(lm, settings.text, seed=settings.seed)
+        stream = documents.from_text(lm, settings.text, seed=settings.seed)
     else:
-        found = documents.from_tasks(
+        stream = documents.from_tasks(
             lm,
             settings.tasks,
             settings.split,
@@ -185,11 +186,11 @@ def _documents(
             seed=settings.seed,
             most=max(100, int(settings.max_positions * (wanted if answers else 1 / 4))),
         )
-    tokens, budget, kept = 0, wanted * settings.max_positions, 0
-    while kept < len(found) and tokens < budget:
-        tokens += len(found[kept].continuation) + (0 if answers else len(found[kept].context))
-        kept += 1
-    found = found[:kept]
+
+    def size(document: documents.Document) -> int:
+        return len(document.continuation) + (0 if answers else len(document.context))
+
+    found = documents.enough(stream, size, wanted * settings.max_positions, share=HELD_OUT)
     sources = list(dict.fromkeys((d.task, d.doc_id) for d in found))
     if len(sources) < 2:
         raise UserError(

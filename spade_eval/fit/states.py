@@ -154,6 +154,9 @@ def collect(
 
 @torch.no_grad()
 def _compute(backbone: Backbone, job: Job, layers: Sequence[int], states: TeacherStates) -> None:
+    # Start tokens that are new are computed together, and the last bits depend on how many: those
+    # of this batch alone, wherever the work was resumed and whoever shares it.
+    backbone.starts.clear()
     kept = torch.from_numpy(job.kept)
     rows = slice(job.offset, job.offset + len(kept))
     hidden: list[Tensor] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,12 +81,53 @@ def check_values(given: dict[str, Any]) -> None:
             f"backend={given['backend']!r}: the decoders read decoder-only models; leave backend "
             "out, or give 'causal'."
         )
-    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
-        value = given.get(name)
-        named = value.removeprefix("torch.") if isinstance(value, str) else "float32"
+    for name, named in dtypes(given).items():
         if named != "auto" and not isinstance(getattr(torch, named, None), torch.dtype):
             hint = did_you_mean(named, ("float32", "float16", "bfloat16", "float64"))
-            raise UserError(f"{name}={value!r} is not a torch dtype.{hint}")
+            raise UserError(f"{name}={given[name]!r} is not a torch dtype.{hint}")
+
+
+def dtypes(given: dict[str, Any]) -> dict[str, str]:
+    """The arguments that name a dtype, as HFLM wants it: "bfloat16" for "torch.bfloat16"."""
+    return {
+        name: given[name].removeprefix("torch.")
+        for name in ("dtype", "softmax_dtype", "mixed_precision_dtype")
+        if isinstance(given.get(name), str)
+    }
+
+
+def not_loaded(model: str, given: dict[str, Any], err: Exception) -> UserError:
+    """The error for a model that cannot be loaded: one sentence, about the argument at fault.
+
+    Args:
+        model: What `pretrained` names.
+        given: HFLM's arguments.
+        err: Of those who load it, often of many lines.
+    """
+    text = str(err) or type(err).__name__
+    why = " ".join(text.split("\n")[0].split()).rstrip(".:")
+    for name in ("tokenizer", "delta", "attn_implementation", "gguf_file"):
+        value = given.get(name)
+        if isinstance(value, str) and (value in text or name in text):
+            return UserError(
+                f"{name}={value} cannot be loaded ({why}). Give another, or leave it out."
+            )
+    part = f", subfolder={given['subfolder']}" if given.get("subfolder") else ""
+    instead = _in_place_of_a_model(Path(model))
+    return UserError(
+        f"pretrained={model}{part} cannot be loaded ({why}). "
+        + (instead or "Give a model's folder, or a Hub id that is in the cache or can be reached.")
+    )
+
+
+def _in_place_of_a_model(folder: Path) -> str:
+    """What a folder is that is no model's, and where it belongs; empty if it is unknown."""
+    if (folder / "adapter_config.json").is_file():
+        return "It is an adapter: give it as peft=, and its base model as pretrained=."
+    config = folder / "config.json"
+    if config.is_file() and '"teacher"' in config.read_text("utf-8", "replace"):
+        return "It is a lens: give it as lens=, and its base model as pretrained=."
+    return ""
 
 
 def _check_batch_size(value: Any) -> None:

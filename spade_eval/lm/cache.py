@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spade_eval import __version__
 from spade_eval.errors import UserError
+from spade_eval.fingerprint import adapter_scaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping, Sequence
@@ -112,7 +113,10 @@ def fingerprint(lm: Any, settings: dict[str, object]) -> dict[str, object]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A hash of 64 numbers of every weight and buffer, evenly spaced: cheap to compute."""
+    """A hash of 64 numbers of every weight and buffer, evenly spaced: cheap to compute.
+
+    With adapters, of their scaling too, which is in neither.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # not offloaded to disk
@@ -120,6 +124,7 @@ def weights_digest(model: nn.Module) -> str:
             flat = tensor.detach().flatten()
             some = flat[:: max(1, len(flat) // 64)]
             digest.update(some.double().cpu().numpy().tobytes())
+    digest.update((adapter_scaling(model) or "").encode())
     return digest.hexdigest()[:16]
 
 

@@ -128,9 +128,15 @@ class SpadeExitLM(SpadeLM):
         self.rule.candidates(n_layers, maps)
 
     def _prices(self, head: float) -> Prices:
-        confidence = self.rule.confidence
-        n_layers, operations = self.backbone.n_layers, self.backbone.operations
-        return lenses.prices(n_layers, head, self._loaded, confidence, operations)
+        return lenses.prices(
+            self.backbone.n_layers,
+            head,
+            self._loaded,
+            self.rule.confidence,
+            self.backbone.operations,
+            self.rule.readout,
+            self.backbone.narrows,
+        )
 
     # ------------------------------------------------------------------ requests
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import adapter_fingerprint, digest
+from spade_eval.fingerprint import adapter_fingerprint, adapter_scaling, digest
 from spade_eval.lens import LinearLens
 from spade_eval.lens_match import check, require_size
 from spade_eval.lm.cache import config_digest, weights_digest
@@ -89,7 +89,13 @@ def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: boo
 
 
 def prices(
-    n_layers: int, head: float, lens: LinearLens | None, confidence: str, operations: float
+    n_layers: int,
+    head: float,
+    lens: LinearLens | None,
+    confidence: str,
+    operations: float,
+    readout: str,
+    narrows: bool,
 ) -> Prices:
     """What heads and checks cost in token-layers.
 
@@ -99,15 +105,18 @@ def prices(
         lens: Whose map a check applies; None for the identity.
         confidence: What it measures.
         operations: Of a layer's matrix products per token.
+        readout: What answers after an exit.
+        narrows: Whether the head can be computed at a handful of choices.
     """
     map_ = 0.0
     if lens is not None:  # d^2 multiply-adds, or 2 r d
         config = lens.config
         weights = config.width * (2 * config.rank if config.rank else config.width)
         map_ = 2 * weights / operations
+    by_choice = confidence == "choice_entropy"
     # The head at a handful of choices costs nothing beside the map.
-    asked = 0.0 if confidence == "choice_entropy" else head
-    return Prices(n_layers, head, map_ + asked)
+    asked = 0.0 if by_choice and narrows else head
+    return Prices(n_layers, head, map_ + asked, readout == "lens" and not by_choice)
 
 
 def describe(lens: LinearLens, name: object) -> dict[str, object]:
@@ -127,9 +136,10 @@ def describe(lens: LinearLens, name: object) -> dict[str, object]:
 def recognise(model: Any, lens: LinearLens) -> dict[str, Any]:
     """What a model with its adapters and its lens is recognised by."""
     identity = lens.config.decoder == "identity"
+    adapter = adapter_fingerprint(model)
     return {
         "model": f"{config_digest(model.config)}-{weights_digest(model)}",
-        "adapter": adapter_fingerprint(model),
+        "adapter": adapter and f"{adapter}-{adapter_scaling(model)}",
         "lens": "identity" if identity else digest(lens.state_dict().items()),
     }
 

@@ -41,6 +41,7 @@ class LoadedLM(HFLM):
         # HFLM's own default is a GPU, whether there is one or not.
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         arguments.check_values(kwargs)
+        kwargs |= arguments.dtypes(kwargs)
         self._given = kwargs
         if pretrained is None:
             self._model_source, pretrained = DEFAULT_MODEL_NAME, str(default_model_path())
@@ -55,12 +56,10 @@ class LoadedLM(HFLM):
                 )
         try:
             super().__init__(pretrained=pretrained, **kwargs)
-        except OSError as err:  # transformers' and huggingface_hub's, of many lines
-            why = (str(err) or type(err).__name__).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"pretrained={self._model_source} cannot be loaded ({why}). "
-                "Give a model's folder, or a Hub id that is in the cache or can be reached."
-            ) from err
+        except UserError:
+            raise
+        except (OSError, ValueError, ImportError) as err:  # transformers' and huggingface_hub's
+            raise arguments.not_loaded(self._model_source, kwargs, err) from err
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
             raise UserError(
                 f"add_bos_token=True, but the tokenizer of {self._model_source} has no BOS token. "

@@ -53,14 +53,15 @@ class Curve:
 
     def losses(self) -> np.ndarray:
         """How much worse than the full model each point is, (N,)."""
-        loss = self.full - self.points["value"].to_numpy()
+        with np.errstate(invalid="ignore"):  # two perplexities that overflow do not compare
+            loss = self.full - self.points["value"].to_numpy()
         return -loss if self.lower else loss
 
     def at_ratios(self, ratios: Sequence[float]) -> list[float]:
         """Values at 1 / ratio of the full model's compute; NaN out of the curve's reach."""
         points = {1.0: self.full} if math.isfinite(self.full) else {}
         best = min if self.lower else max
-        known = self.points[self.points["gain"].gt(0) & self.points["value"].notna()]
+        known = self.points[self.points["gain"].gt(0) & np.isfinite(self.points["value"])]
         for cost, value in zip(1 / known["gain"], known["value"], strict=True):
             points[cost] = best(value, points.get(cost, value))
         if not points:

@@ -56,6 +56,7 @@ def layer_figure(sweep: Sweep, perplexity: bool) -> Iterator[Plot]:
         perplexity: Whether to show perplexities, on a logarithmic axis, or accuracies.
     """
     rows = _main_rows(sweep.cells[~is_exit(sweep.cells)], perplexity)
+    rows = rows[~np.isinf(rows["value"])]  # a perplexity that has overflowed has no place
     if rows.empty:
         return
     tasks = list(rows.groupby(["task", "adapter"]))

@@ -143,15 +143,20 @@ def generalisation(sweep: Sweep) -> Iterator[Matrix]:
 
 def _matrices(sweep: Sweep) -> Iterator[Matrix]:
     model, cells = sweep.model, sweep.cells
-    trained = cells[(cells["lens_data"] != "") & ~cells["lower"]]
+    trained = cells[~cells["lens_data"].isin(["", "logit_lens"]) & ~cells["lower"]]
+    # Classical exits watch lenses of several kinds, KIND:NAME but for L-SPADE's.
+    watched = trained["lens_data"].str.extract(r"^(?:(\w+):)?(.*)$").fillna("")
+    trained = trained.assign(kind=watched[0], lens_data=watched[1])
     half, at = math.ceil(sweep.n_layers / 2), round(sweep.n_layers * 3 / 4)
-    for decoder in sorted(trained["decoder"].unique(), key=decoder_order):
-        rows, shown = trained[trained["decoder"] == decoder], decoder_name(decoder)
+    groups = trained.groupby(["decoder", "kind"])
+    for (decoder, kind), rows in sorted(groups, key=lambda group: decoder_order(group[0][0])):
+        shown = decoder_name(decoder) + (f" by {decoder_name(kind)}" if kind else "")
         if is_exit(rows).any():
             note = "Means over the exit rules and thresholds that all training sets have."
             for what, label in (("value", "accuracy"), ("gain", "token-layer gain")):
                 frame = _by_training_set(rows, what)
-                yield Matrix(model, slug(decoder, what), label, f"{label} of {shown}", note, frame)
+                name = slug(decoder, kind, what)
+                yield Matrix(model, name, label, f"{label} of {shown}", note, frame)
             continue
         upper = rows[rows["layer"].between(half, sweep.n_layers - 1)]
         layer = min(rows["layer"], key=lambda found: (abs(found - at), found))

@@ -22,7 +22,7 @@ from spade_eval.sweep.certify import certify, least_drop, p_values
 from spade_eval.sweep.compute import compute, configure, quiet
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.settings import SweepSettings
-from spade_eval.sweep.unseen import require_unseen
+from spade_eval.sweep.unseen import require_once, require_unseen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,13 +94,14 @@ def calibrate(
         whose `attrs` have the number of documents.
 
     Raises:
-        UserError: Documents that trained the lens or the adapter, a task without the metric, too
-            few documents.
+        UserError: Documents that trained the lens or the adapter or are there twice, a task without
+            the metric, too few documents.
     """
     import pandas as pd
 
     if lm.world_size > 1:
         raise UserError("calibrate runs in one process: start it without accelerate launch.")
+    require_once(tasks, settings.split)
     by_task = _documents(tasks, settings)
     n = sum(by_task.values())
     smallest = least_drop(n, settings.confidence)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.evaluator import evaluate
 
 from spade_eval.errors import UserError
@@ -85,7 +87,7 @@ def compute(lm: SweepLM, name: str, task: Any, folder: Path, settings: SweepSett
     """The pass that computes: every batch of a task, or what the store has of it."""
     keep_states = settings.keep_states and task.OUTPUT_TYPE == "multiple_choice"
     collected = lm.begin(Store(folder, (lm.rank, lm.world_size)), keep_states)
-    with quiet():
+    with quiet(), unbounded(task):
         evaluate(
             lm,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
@@ -108,3 +110,24 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def unbounded(task: Any) -> Iterator[None]:
+    """Let perplexities of texts overflow to infinity, where lm-eval raises."""
+    by_metric = {
+        metric: _perplexity if aggregate is weighted_perplexity else aggregate
+        for metric, aggregate in task.aggregation().items()
+    }
+    task.aggregation = lambda: by_metric
+    try:
+        yield
+    finally:
+        del task.aggregation
+
+
+def _perplexity(items: Any) -> float:
+    try:
+        return weighted_perplexity(items)
+    except OverflowError:  # 710 nats a word: an early lens on a script that many tokens spell
+        return math.inf

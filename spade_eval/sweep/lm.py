@@ -249,6 +249,8 @@ class SweepLM(SpadeLM):
             lens,
             exit_.rule.confidence,
             self.backbone.operations,
+            exit_.rule.readout,
+            self.backbone.narrows,
         )
 
     def _settings(self) -> dict[str, object]:

@@ -6,11 +6,9 @@ The requests of a task are built once, by the pass that computes. For each cell 
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
@@ -100,27 +98,6 @@ def requests_kept(task: Any) -> Iterator[None]:
         del task.build_all_requests
 
 
-def _perplexity(items: Any) -> float:
-    try:
-        return weighted_perplexity(items)
-    except OverflowError:  # 710 nats a word: an early lens on a script that many tokens spell
-        return math.inf
-
-
-@contextmanager
-def _unbounded(task: Any) -> Iterator[None]:
-    """Let perplexities of texts, which lm-eval gives no standard errors, overflow to infinity."""
-    by_metric = {
-        metric: _perplexity if aggregate is weighted_perplexity else aggregate
-        for metric, aggregate in task.aggregation().items()
-    }
-    task.aggregation = lambda: by_metric
-    try:
-        yield
-    finally:
-        del task.aggregation
-
-
 def metrics(
     lm: LM,
     name: str,
@@ -143,14 +120,13 @@ def metrics(
         Value and standard error of each metric, the number of documents, the samples; None on all
         processes but the first. A filter other than "none" is part of a metric's name.
     """
-    with _unbounded(task):
-        results = evaluate(
-            lm,
-            {"tasks": {name: task}, "groups": {}, "group_map": {}},
-            limit=limit,
-            log_samples=samples,
-            bootstrap_iters=bootstrap_iters,
-        )
+    results = evaluate(
+        lm,
+        {"tasks": {name: task}, "groups": {}, "group_map": {}},
+        limit=limit,
+        log_samples=samples,
+        bootstrap_iters=bootstrap_iters,
+    )
     if results is None:
         return None
     found: dict[str, tuple[float, float | None]] = {}

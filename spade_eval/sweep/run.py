@@ -21,7 +21,7 @@ from spade_eval.fit.rows import source_of
 from spade_eval.lm.cache import fingerprint
 from spade_eval.splits import Split
 from spade_eval.sweep import contexts, table
-from spade_eval.sweep.compute import compute, configure, quiet
+from spade_eval.sweep.compute import compute, configure, quiet, unbounded
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.samples import samples_of
 from spade_eval.sweep.settings import (
@@ -144,7 +144,7 @@ def _replay(
     known: dict[bytes, Any] = {}
     cells = table.cells(lm.grid, task.OUTPUT_TYPE == "loglikelihood_rolling")
     bar = tqdm(cells, desc=f"{name}: metrics", disable=lm.rank != 0)
-    with requests_kept(task), quiet():
+    with requests_kept(task), quiet(), unbounded(task):
         for columns, replay.cell in bar:
             # Cells with the same answers have the same metrics; of several processes each knows
             # only its own.

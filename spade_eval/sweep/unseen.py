@@ -1,4 +1,4 @@
-"""Whether a model has seen the documents that are to stand for new ones.
+"""Whether documents may stand for new ones: each is there once, and the model has not seen it.
 
 Lenses and adapters are trained on documents, and more of them choose when to stop. Documents may be
 shared through a group of tasks, or through another task's prompts.
@@ -6,14 +6,16 @@ shared through a group of tasks, or through another task's prompts.
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from spade_eval import adapters
 from spade_eval.errors import UserError
 from spade_eval.fit.documents import load_tasks
-from spade_eval.fit.rows import data_of, source_of
+from spade_eval.fit.rows import data_of, rows_of, source_of
 from spade_eval.splits import Split
 
 if TYPE_CHECKING:
@@ -63,6 +65,33 @@ class Documents:
 def rows(task: Any, split: Split) -> Split:
     """A split under the name that the task's data set gives it: several may be the same rows."""
     return replace(split, name=source_of(task, split.name) or "")
+
+
+def require_once(tasks: Mapping[str, Any], split: str) -> None:
+    """Refuse tasks that ask about the same documents: their outcomes are not independent.
+
+    Args:
+        tasks: lm-eval's tasks by name.
+        split: Whose documents are used.
+
+    Raises:
+        UserError: Names two such tasks.
+    """
+    part = Split.parse(split)
+    texts = {
+        name: {json.dumps(row, sort_keys=True, default=str) for row in rows_of(name, task, split)}
+        for name, task in tasks.items()
+    }
+    for (one, first), (other, second) in combinations(tasks.items(), 2):
+        data = bool(data_of(first)) and data_of(first) == data_of(second)
+        # Functions of their own may leave two tasks with other rows of the data, or change them.
+        made = first.config.process_docs and second.config.process_docs
+        same = data and rows(first, part) == rows(second, part) and not made
+        if same or texts[one] & texts[other]:
+            raise UserError(
+                f"{one} and {other} ask about the same documents, which would count twice and make "
+                "the bound surer than it is. Leave one of them out."
+            )
 
 
 def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_path: Any) -> None:
