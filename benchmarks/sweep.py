@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spade_eval.default_model import default_model_path
 from spade_eval.fit.documents import load_tasks
-from spade_eval.fit.memory import peak_memory_mb
 from spade_eval.lm.exit import SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM
 from spade_eval.lm.lenses import DEFAULT_LENS
+from spade_eval.memory import peak_memory
 from spade_eval.sweep.grid import Ask, thresholds
 from spade_eval.sweep.lm import SweepLM
 from spade_eval.sweep.run import sweep
@@ -78,7 +78,7 @@ def main() -> None:
         whole.append(time.perf_counter() - begin)
         pairs.append((one, swept.account.seconds - before))
         sys.stderr.write(f"hf {one:.1f} s, sweep {pairs[-1][1]:.1f} s\n")
-    peak = peak_memory_mb()
+    peak = peak_memory()["peak_memory_mb"]
     apart = {
         name: evaluate(cls(**common, **arguments), case)[1]
         for name, (cls, arguments) in SEPARATE.items()

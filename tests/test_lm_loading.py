@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from test_lm import MAX_LENGTH, close, instances, model, task_pairs
+from test_lm import MAX_LENGTH, build, close, instances, model, task_pairs
 from zoo import BYTES, byte_tokenizer, tiny
 
 from spade_eval.lm.layer import SpadeLayerLM
@@ -64,6 +67,21 @@ def test_loading(saved: Path, arguments: dict) -> None:
     if paths:
         plain = answers(HFLM, saved / "base")
         assert max(abs(a - b) for (a, _), (b, _) in zip(plain, theirs, strict=True)) > 0.1
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt") or sys.platform != "linux", reason="glibc's malloc"
+)
+def test_large_tensors_come_without_new_pages() -> None:
+    build(SpadeLayerLM, layer=1)
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MB, freed at once
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    new_pages()
+    assert new_pages() < 2**24 * 4 / resource.getpagesize() / 4
 
 
 def test_parallelize_needs_no_device(saved: Path) -> None:

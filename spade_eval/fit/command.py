@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from spade_eval.arguments import Parser, add_place, command_line, include_paths, model_arguments
 from spade_eval.errors import UserError
-from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.fit.settings import FitSettings, check_output
 from spade_eval.splits import Split
 
@@ -121,7 +120,6 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from spade_eval.lm.base import SpadeLM
 
     setup_logging()
-    keep_freed_blocks()
     lm = SpadeLM(**{"batch_size": args.batch_size, **model_arguments(args)})
     lens = fit(
         lm,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from spade_eval.arguments import Parser, add_place, command_line, include_paths, model_arguments
 from spade_eval.fit.lora_settings import LoraSettings, check_output
-from spade_eval.fit.memory import keep_freed_blocks
 
 if TYPE_CHECKING:
     import argparse
@@ -91,7 +90,6 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from spade_eval.lm.layer import LogitLensLM
 
     setup_logging()
-    keep_freed_blocks()
     lm = LogitLensLM(**{"batch_size": 16, **model_arguments(args), "layer": -1})
     record = finetune(
         lm,

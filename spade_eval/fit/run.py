@@ -22,7 +22,6 @@ from spade_eval.fingerprint import adapter_fingerprint, fingerprint
 from spade_eval.fit import documents, states, work
 from spade_eval.fit.descent import Descent, Recipe
 from spade_eval.fit.maps import Pairs, measure
-from spade_eval.fit.memory import peak_memory
 from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.progress import Progress
 from spade_eval.fit.settings import check_output, layer_list
@@ -30,6 +29,7 @@ from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lens_match import owner
 from spade_eval.lm.cache import weights_digest
+from spade_eval.memory import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

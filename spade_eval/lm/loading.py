@@ -19,6 +19,7 @@ from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lm import arguments
 from spade_eval.lm.ahead import Ahead, encodes_alike, texts_of
+from spade_eval.memory import keep_freed_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,6 +42,7 @@ class LoadedLM(HFLM):
         # HFLM's own default is a GPU, whether there is one or not.
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         arguments.check_values(kwargs)
+        keep_freed_blocks()
         kwargs |= arguments.dtypes(kwargs)
         self._given = kwargs
         if pretrained is None:

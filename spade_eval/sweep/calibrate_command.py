@@ -10,7 +10,6 @@ from spade_eval.arguments import Parser, add_place, command_line, include_paths,
 from spade_eval.calibration import NAME, WORD
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule
-from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.splits import Split
 
 if TYPE_CHECKING:
@@ -124,7 +123,6 @@ def main(argv: list[str], tasks_path: Path) -> int:
             f"lens={lens} goes with readout=lens: SPADE's exits are those of an L-SPADE lens."
         )
     setup_logging()
-    keep_freed_blocks()
     names = tuple(args.tasks.split(","))
     tasks = load_tasks(names, include_paths(args, tasks_path))
     require_scored(tasks)

@@ -15,7 +15,6 @@ from spade_eval.arguments import (
 )
 from spade_eval.confidence import CONFIDENCES
 from spade_eval.errors import UserError
-from spade_eval.fit.memory import keep_freed_blocks
 from spade_eval.splits import Split
 from spade_eval.sweep.grid import DECODERS, Ask, thresholds
 from spade_eval.sweep.settings import SweepSettings, check_output
@@ -160,7 +159,6 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from spade_eval.sweep.run import sweep
 
     setup_logging()
-    keep_freed_blocks()
     tasks = load_tasks(settings.tasks, include_paths(args, tasks_path))
     require_scored(tasks)
     lm = SweepLM(

@@ -16,9 +16,9 @@ from spade_eval import __version__
 from spade_eval.cost import Account
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
-from spade_eval.fit.memory import peak_memory
 from spade_eval.fit.rows import source_of
 from spade_eval.lm.cache import fingerprint
+from spade_eval.memory import peak_memory
 from spade_eval.splits import Split
 from spade_eval.sweep import contexts, table
 from spade_eval.sweep.compute import compute, configure, quiet, unbounded
