@@ -35,7 +35,7 @@ from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
 from spade_eval.report.spaces import read_states
 from spade_eval.sweep import table
 from spade_eval.sweep.collected import Call, Collected
-from spade_eval.sweep.command import layers, named
+from spade_eval.sweep.command import layers, named, summary
 from spade_eval.sweep.compute import configure, require_scored
 from spade_eval.sweep.grid import IDENTITY, Ask, Reading, grid, thresholds
 from spade_eval.sweep.lm import SweepLM
@@ -252,7 +252,11 @@ def test_a_perplexity_may_overflow(tmp_path: Path) -> None:
     network.lm_head.weight.data *= 1e4
     few = ask(layers=(2,), decoders=("logit_lens",), thresholds=())
     lm = SweepLM(pretrained=network, tokenizer=byte_tokenizer(), ask=few, max_length=255)
-    found = run(tmp_path / "out", (TASKS[1],), lm, ask=few).set_index("metric")["value"]
+    whole = run(tmp_path / "out", (TASKS[1],), lm, ask=few)
+    assert re.search(r"logit_lens +inf$", summary(whole), re.MULTILINE)
+    large = whole.assign(value=9.4e10)
+    assert re.search(r"logit_lens +9\.40e\+10$", summary(large), re.MULTILINE)
+    found = whole.set_index("metric")["value"]
     assert np.isinf(found["word_perplexity"]).all()
     assert np.isfinite(found["bits_per_byte"]).all()
     assert np.isinf(pd.read_csv(tmp_path / "out/sweep.csv")["value"]).any()

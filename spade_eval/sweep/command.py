@@ -196,9 +196,14 @@ def summary(table: pd.DataFrame) -> str:
         wide = wide[sorted(wide.columns)].iloc[:, ::-1].iloc[:, ::step].iloc[:, ::-1]
         lines.append(
             f"{task}, {metric}, {full['n']} documents: full model {full['value']:.4f}\n\n"
-            + (wide.to_string(float_format=lambda x: f"{x:.3f}", na_rep="") if len(rest) else "")
+            + (wide.to_string(float_format=_short, na_rep="") if len(rest) else "")
         )
     return "\n\n".join(lines)
+
+
+def _short(value: float) -> str:
+    """Three digits behind the point; early lenses' perplexities have too many before it."""
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
 def layers(text: str) -> tuple[int, ...] | None:
