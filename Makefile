@@ -63,8 +63,8 @@ bench: setup
 	$(BIN)/python benchmarks/exits.py --part curves
 	$(MAKE) -f results/Makefile BIN=$(BIN) build/results/tuned_lens-arc/config.json
 	$(BIN)/python benchmarks/sweep.py --tuned build/results/tuned_lens-arc
-	$(BIN)/python benchmarks/generation.py --part one
-	$(BIN)/python benchmarks/generation.py --part overhead
+	$(BIN)/python benchmarks/generation.py --part one --repeats 5
+	$(BIN)/python benchmarks/generation.py --part overhead --repeats 5
 	$(BIN)/python benchmarks/generation.py --part thresholds
 
 results: setup

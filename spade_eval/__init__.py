@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Backbone": "spade_eval.backbone",
+    "LinearLens": "spade_eval.lens",
     "logit_lens": "spade_eval.decoders",
     "spade": "spade_eval.decoders",
     "spade_nos": "spade_eval.decoders",
@@ -18,6 +19,7 @@ _LAZY = {
 
 __all__ = [
     "Backbone",
+    "LinearLens",
     "LogitLensLM",
     "SpadeExitForCausalLM",
     "SpadeLayerLM",
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
     from spade_eval.causal_lm import SpadeExitForCausalLM
     from spade_eval.decoders import logit_lens, spade, spade_nos
+    from spade_eval.lens import LinearLens
     from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
 
 

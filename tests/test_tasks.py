@@ -289,7 +289,7 @@ def test_science_prompt(manager: TaskManager) -> None:
 
 
 def test_yesno_prompt(manager: TaskManager) -> None:
-    """The prompt of a yes/no question is what the README shows."""
+    """The prompt of a yes/no question is the passage, the question and "Answer:"."""
     task = manager.load("spade_mini_yesno")["tasks"]["spade_mini_yesno"]
     row = next(row for row in task.test_docs() if row["idx"] == 2)
     context = task.fewshot_context(row, 0)

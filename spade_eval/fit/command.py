@@ -20,7 +20,7 @@ examples:
   spade-eval fit --decoder l_spade --tasks arc_easy --output lenses/arc
   spade-eval fit --decoder tuned_lens --tasks arc_easy,boolq --model_args pretrained=gpt2 \\
       --output lenses/gpt2
-  spade-eval fit --decoder l_spade --text corpus.jsonl --layers 8:32:2 --rank 64 --output lenses/c
+  spade-eval fit --decoder l_spade --text corpus.jsonl --layers 8:30:2 --rank 64 --output lenses/c
   accelerate launch -m spade_eval fit ...
 """
 
@@ -49,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
         help="split of the tasks, or a part of its rows as train[:5000] (default: %(default)s)",
     )
     p.add_argument("--model_args", default="", help="as in lm_eval: pretrained=...,dtype=...")
-    p.add_argument("--layers", help="FROM:TO:STEP, a list a,b,c, or all (default: the even ones)")
+    p.add_argument(
+        "--layers",
+        help="FROM:TO:STEP with TO excluded, a list a,b,c, or all (default: the even ones)",
+    )
     p.add_argument("--rank", type=int, help="rank of the maps (default: full)")
     p.add_argument(
         "--positions",

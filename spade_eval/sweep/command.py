@@ -95,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=1000,
         help="for standard errors that have no formula (F1, LAMBADA's perplexity), of every cell; "
-        "lm_eval's own default, 100,000, takes hours (default: %(default)s; 0: none of any metric)",
+        "lm_eval's own default, 100,000, takes hours to days (default: %(default)s; 0: no standard "
+        "error of any metric)",
     )
     p.add_argument("--resume", action="store_true", help="go on with a sweep that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace the table that is there")
