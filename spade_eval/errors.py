@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ class UserError(ValueError):
 
 class UnsupportedModelError(UserError):
     """The model cannot be decoded from its middle; names its class and the check that it failed."""
+
+
+def raised_by(err: BaseException, packages: Iterable[str]) -> bool:
+    """Whether one of the packages raised an error, by itself or through the standard library."""
+    raiser, frame = "", err.__traceback__
+    while frame is not None:
+        package = str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        raiser = raiser if package in sys.stdlib_module_names else package
+        frame = frame.tb_next
+    return raiser in packages
 
 
 def require_known(setting: str, value: object, valid: Iterable[str]) -> None:

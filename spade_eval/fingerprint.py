@@ -130,7 +130,8 @@ def adapter_scaling(model: nn.Module) -> str | None:
             for attribute, factors in sorted(vars(module).items()):
                 if attribute.endswith("scaling") and isinstance(factors, dict):
                     some = [float(factors[adapter]) for adapter in active if adapter in factors]
-                    found.append([name, attribute, some])
+                    if some:  # an inactive adapter may reach further modules
+                        found.append([name, attribute, some])
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
 

@@ -603,6 +603,8 @@ def test_a_long_text_leaves_room_for_others(sizes: list[list[int]], budget: int)
     assert sum(got) >= min(budget, sum(map(sum, sizes)))  # as many as there are
     if sum(min(sum(parts), budget / 10) for parts in sizes) >= budget:
         assert max(got) <= budget / 10 + 20  # up to one window more
+    least = min(sum(parts) for parts in sizes)
+    assert max(got) <= max(budget / 10, budget / len(sizes), budget - least * (len(sizes) - 1)) + 20
 
 
 @pytest.mark.parametrize(

@@ -722,6 +722,8 @@ def test_the_adapters_scaling_is_in_a_hash_of_its_own(
     # The active ones do.
     config = peft.LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj"])
     model.add_adapter("second", config)
+    wider = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model.add_adapter("idle", wider)
     assert adapter_scaling(model) == found
     model.set_adapter("second")
     assert adapter_scaling(model) == adapter_scaling(other)

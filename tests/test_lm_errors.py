@@ -19,7 +19,7 @@ from spade_eval import scoring
 from spade_eval.errors import UnsupportedModelError, UserError
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
-from spade_eval.lm import generation
+from spade_eval.lm import arguments, generation
 from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
 from spade_eval.lm.memory import largest_batch_size
 
@@ -77,12 +77,12 @@ def test_arguments_are_checked_before_weights_are_loaded(tmp_path: Path) -> None
     about."""
     model().config.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    for arguments, message in [
+    for given, message in [
         ({"layer": 9}, "out of range"),
         ({"layer": 1, "lyer": 2}, "Did you mean 'layer'"),
     ]:
         with pytest.raises(UserError, match=message):
-            SpadeLayerLM(pretrained=str(tmp_path), device="cpu", **arguments)
+            SpadeLayerLM(pretrained=str(tmp_path), device="cpu", **given)
     with pytest.raises(UserError, match=r"cannot be loaded \(.*no file named"):
         SpadeLayerLM(pretrained=str(tmp_path), device="cpu", layer=1)
 
@@ -125,7 +125,9 @@ def test_the_argument_at_fault_is_named(tmp_path: Path) -> None:
         ({"pretrained": lens}, f"^pretrained={lens} .*It is a lens: give it as lens="),
         ({"pretrained": adapter}, f"^pretrained={adapter} .*It is an adapter: give it as peft="),
         ({"tokenizer": "/nowhere/x"}, r"^tokenizer=/nowhere/x cannot be loaded \(.+\)\. Give an"),
-        ({"tokenizer": lens}, f"^tokenizer={lens} cannot be loaded"),
+        ({"tokenizer": lens}, f"^pretrained={base}, tokenizer={lens} cannot be loaded"),
+        # The one at fault may begin with the other's name.
+        ({"pretrained": f"{base}-it", "tokenizer": base}, f"^pretrained={base}-it, tokenizer="),
         ({"delta": "/nowhere/x"}, r"^delta=/nowhere/x cannot be loaded"),
         ({"subfolder": "step10"}, rf"^pretrained={base}, subfolder=step10 cannot be loaded"),
         ({"attn_implementation": "spda"}, r"^attn_implementation=spda cannot be loaded"),
@@ -133,6 +135,22 @@ def test_the_argument_at_fault_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as raised:
             SpadeLayerLM(**{"pretrained": base, "layer": 1, "device": "cpu"} | given)
         assert "\n" not in str(raised.value)
+
+
+def test_a_bug_at_loading_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpadeLayerLM, "_check_config", lambda *_: [].index(3))
+    with pytest.raises(ValueError, match="not in list") as raised:
+        build(SpadeLayerLM, layer=1)
+    assert not isinstance(raised.value, UserError)
+
+
+def test_what_is_missing_is_told_although_it_stands_on_the_second_line() -> None:
+    err = ImportError("\nA requires the protobuf library but it was not found.\nSee ...")
+    told = str(arguments.not_loaded("some/model", {}, err))
+    assert told == (
+        "pretrained=some/model cannot be loaded (A requires the protobuf library but it was not "
+        "found). Install what is missing."
+    )
 
 
 def test_dtypes_may_be_named_as_torch_names_them() -> None:

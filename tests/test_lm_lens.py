@@ -351,6 +351,23 @@ def test_a_cache_is_of_one_scaling_of_an_adapter(tmp_path: Path, rescaled: Any) 
         answer(rescaled(64), path)
 
 
+def test_a_cache_is_of_the_active_adapter(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    both = peft.get_peft_model(copy.deepcopy(model()), config).eval()
+    both.add_adapter("other", config)
+    path = tmp_path / "answers.db"
+
+    def lm() -> Any:
+        return SpadeLayerLM(pretrained=both, tokenizer=byte_tokenizer(), layer=2)
+
+    first, _ = answer(lm(), path)
+    both.set_adapter("other")
+    with pytest.raises(UserError, match=r"answers of another configuration.*adapter was"):
+        answer(lm(), path)
+    both.set_adapter("default")
+    assert answer(lm(), path)[0] == first
+
+
 def test_a_model_is_recognised_by_the_scaling_of_its_adapter(rescaled: Any) -> None:
     identity = LinearLens.identity(L, D)
     a, b, again = (lenses.recognise(rescaled(alpha).model, identity) for alpha in (8, 64, 8))

@@ -165,25 +165,29 @@ def enough(
             more.
     """
     taken: list[Document] = []
-    spared: list[Document] = []
     of_text: Counter[tuple[str, int]] = Counter()
-    tokens = spare = 0
+    spared: dict[tuple[str, int], deque[Document]] = {}
+    tokens = 0
+
+    def keep(document: Document, source: tuple[str, int]) -> None:
+        nonlocal tokens
+        taken.append(document)
+        of_text[source] += size(document)
+        tokens += size(document)
+
     for document in stream:
         if tokens >= budget and len(of_text) > 1:
             break
         source = document.task, document.doc_id
         if of_text[source] < share * budget:
-            taken.append(document)
-            of_text[source] += size(document)
-            tokens += size(document)
-        elif spare < budget:
-            spared.append(document)
-            spare += size(document)
-    for document in spared:
-        if tokens >= budget:
-            break
-        taken.append(document)
-        tokens += size(document)
+            keep(document, source)
+        elif of_text[source] + sum(map(size, spared.get(source, ()))) < budget:
+            spared.setdefault(source, deque()).append(document)
+    while tokens < budget and spared:  # there are few texts: each gives the same
+        source = min(spared, key=of_text.__getitem__)
+        keep(spared[source].popleft(), source)
+        if not spared[source]:
+            del spared[source]
     return taken
 
 

@@ -7,6 +7,7 @@ a traceback from deep inside transformers. Here it ends in a sentence with the n
 from __future__ import annotations
 
 import inspect
+import re
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,20 +105,24 @@ def not_loaded(model: str, given: dict[str, Any], err: Exception) -> UserError:
         given: HFLM's arguments.
         err: Of those who load it, often of many lines.
     """
-    text = str(err) or type(err).__name__
-    why = " ".join(text.split("\n")[0].split()).rstrip(".:")
+    lines = [" ".join(line.split()) for line in str(err).splitlines() if line.strip()]
+    why = (lines or [type(err).__name__])[0].rstrip(".:")
+
+    def told(value: object) -> bool:  # as a whole name: one may begin with the other
+        return re.search(rf"(?<![\w./-]){re.escape(str(value))}(?![\w/-])", str(err)) is not None
+
     for name in ("tokenizer", "delta", "attn_implementation", "gguf_file"):
-        value = given.get(name)
-        if isinstance(value, str) and (value in text or name in text):
+        if isinstance(given.get(name), str) and told(given[name]) and not told(model):
             return UserError(
-                f"{name}={value} cannot be loaded ({why}). Give another, or leave it out."
+                f"{name}={given[name]} cannot be loaded ({why}). Give another, or leave it out."
             )
-    part = f", subfolder={given['subfolder']}" if given.get("subfolder") else ""
-    instead = _in_place_of_a_model(Path(model))
-    return UserError(
-        f"pretrained={model}{part} cannot be loaded ({why}). "
-        + (instead or "Give a model's folder, or a Hub id that is in the cache or can be reached.")
+    parts = [f", {name}={given[name]}" for name in ("subfolder", "tokenizer") if given.get(name)]
+    then = _in_place_of_a_model(Path(model)) or (
+        "Install what is missing."
+        if isinstance(err, ImportError)
+        else "Give a model's folder, or a Hub id that is in the cache or can be reached."
     )
+    return UserError(f"pretrained={model}{''.join(parts)} cannot be loaded ({why}). {then}")
 
 
 def _in_place_of_a_model(folder: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spade_eval import __version__
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import adapter_scaling
+from spade_eval.fingerprint import adapter_fingerprint, adapter_scaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping, Sequence
@@ -97,6 +97,7 @@ def fingerprint(lm: Any, settings: dict[str, object]) -> dict[str, object]:
         "package_version": __version__,
         "config": config_digest(lm.model.config),
         "weights": weights_digest(lm.model),
+        "adapter": adapter_fingerprint(lm.model),  # the active one; all are among the weights
         "revision": str(lm.revision),
         "peft": lm.peft,
         "delta": lm.delta,

@@ -16,13 +16,15 @@ from lm_eval.models.huggingface import HFLM
 
 from spade_eval.backbone import Backbone
 from spade_eval.default_model import DEFAULT_MODEL_NAME, default_model_path
-from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.errors import UnsupportedModelError, UserError, raised_by
 from spade_eval.lm import arguments
 from spade_eval.lm.ahead import Ahead, encodes_alike, texts_of
 from spade_eval.memory import keep_freed_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+_LOADERS = ("transformers", "huggingface_hub", "tokenizers", "safetensors", "accelerate", "gguf")
 
 
 class LoadedLM(HFLM):
@@ -58,9 +60,10 @@ class LoadedLM(HFLM):
                 )
         try:
             super().__init__(pretrained=pretrained, **kwargs)
-        except UserError:
-            raise
-        except (OSError, ValueError, ImportError) as err:  # transformers' and huggingface_hub's
+        except (OSError, ValueError, ImportError) as err:
+            # A bug of ours keeps its traceback.
+            if not isinstance(err, OSError) and not raised_by(err, _LOADERS):
+                raise
             raise arguments.not_loaded(self._model_source, kwargs, err) from err
         if self.add_bos_token and self.tokenizer.bos_token_id is None:
             raise UserError(
