@@ -130,7 +130,8 @@ class Calibration:
         if apart:
             raise UserError(
                 f"threshold={WORD}: the calibration is of another {' and '.join(apart)} "
-                f"({self.command or 'unknown command'}). Calibrate this one."
+                f"({self.command or 'unknown command'}); the same model in another dtype is "
+                "another one. Calibrate this one."
             )
 
     def require_tasks(self, tasks: set[str], whole: bool) -> None:

@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return _command(argv[0]).call(argv[1:])
+    except KeyboardInterrupt:
+        kept = "; with --resume it goes on" if argv[0] in ("fit", "finetune", "sweep") else ""
+        print(f"\nspade-eval {argv[0]} was stopped{kept}.", file=sys.stderr)
+        return 130
     except Exception as err:
         if _is_out_of_memory(err):
             print(f"error: {str(err).split('. ')[0]}. {_SMALLER}", file=sys.stderr)

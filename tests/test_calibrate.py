@@ -304,6 +304,15 @@ def test_no_threshold_may_meet_the_bound(tmp_path: Path) -> None:
     assert harmed[-1] >= harmed[0]
 
 
+def test_a_calibration_without_a_chat_template_refuses_one(
+    calibrated: tuple[Calibration, Path],
+) -> None:
+    own = {"lens": lens("l_spade", 1), "max_length": 255}
+    lm = build(SpadeExitLM, threshold="calibrated", calibration=calibrated[1], **own)
+    with pytest.raises(UserError, match="holds for runs without --apply_chat_template"):
+        lm.apply_chat_template([{"role": "user", "content": "x"}])
+
+
 def test_bad_calibrations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"documents are too few.*at best"):
         calibrate(sweep_lm(), tasks(), settings(max_drop=0.0001), "")

@@ -194,6 +194,18 @@ def test_documents_with_the_same_text_stay_apart(tmp_path: Path) -> None:
     assert task.scores["acc"].outcomes.tolist() == [1.0, 0.0, 1.0]
 
 
+def test_a_check_that_cannot_fail_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five documents that all get worse have p = 0.0625."""
+    for n, told in ((5, True), (6, False)):
+        base = written(tmp_path / f"base{n}", {"arc": [1.0] * n})
+        run = written(tmp_path / f"run{n}", {"arc": [0.0] * n})
+        assert main(["check", str(run), "--baseline", str(base)]) == (0 if told else 1)
+        note = "too few documents to fail at alpha 0.05, whatever they lose: arc (5)"
+        assert (note in capsys.readouterr().out) == told
+
+
 def test_a_drop_must_be_larger_than_the_tolerance_and_than_chance(tmp_path: Path) -> None:
     base = written(tmp_path / "base", {"arc": BASE})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from spade_eval import __version__
+from spade_eval import __version__, cli
 from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError, did_you_mean
 
@@ -201,6 +202,21 @@ def test_memory_that_runs_out_is_one_line(
     register("failing", torch.OutOfMemoryError(told), monkeypatch)
     assert main(["run", "--model", "failing", "--tasks", "spade_mini_science"]) == 2
     assert capfd.readouterr().err.startswith("error: CUDA out of memory. Give a smaller --batch")
+
+
+def test_what_is_stopped_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    for name in ("fit", "compare"):
+        command = dataclasses.replace(cli._COMMANDS[name], call=stopped)
+        monkeypatch.setitem(cli._COMMANDS, name, command)
+        assert main([name]) == 130
+        told = capfd.readouterr().err
+        assert told.startswith(f"\nspade-eval {name} was stopped")
+        assert ("--resume" in told) == (name == "fit")
 
 
 def test_a_bug_in_a_model_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,6 +352,22 @@ def test_a_lens_of_another_model(caplog: pytest.LogCaptureFixture) -> None:
     assert lm.loglikelihood(requests) == exit_lm(lens=lens()).loglikelihood(requests)
 
 
+@pytest.mark.parametrize(("scope", "warned"), [("context", True), ("request", False)])
+def test_answers_that_begin_alike_are_warned_of(
+    scope: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As behind a chat template, whose newline lm-eval gives to the answers."""
+    lm = build(SpadeExitLM, lens="identity", readout="lens", threshold=9.0, exit_scope=scope)
+    told = "begin with one token"
+    apart = [(f"question {n}", f" {answer}") for n in range(3) for answer in "xy"]
+    apart = [(context, answer.strip()) for context, answer in apart]
+    with caplog.at_level(logging.WARNING):
+        lm.loglikelihood(instances([*apart, ("one answer", "\nz")]))
+        assert told not in caplog.text
+        lm.loglikelihood(instances([(f"{context}\n", answer) for context, answer in apart]))
+    assert (f"All answers of 3 of 3 contexts {told}" in caplog.text) == warned
+
+
 def test_thresholds_that_never_exit_warn_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         lm = exit_lm(-1)

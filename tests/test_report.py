@@ -589,6 +589,28 @@ def test_each_adapter_is_compared_with_its_own_choosers(tmp_path: Path) -> None:
         build.make_report(tests, tmp_path / "out", [other])
 
 
+def test_settings_are_chosen_on_a_task_that_is_reported(tmp_path: Path) -> None:
+    folders = []
+    for name, adapter in (("test", ""), ("validation", "lora")):
+        cells = [cell("full", "arc", 0.7, layer=12, adapter=adapter)]
+        told = {"arc": {"split": name}}
+        frame = pd.DataFrame(cells, columns=COLUMNS)
+        folders.append(sweep_folder(tmp_path / name, frame, tasks=told))
+    with pytest.raises(UserError, match=r"no task under the same adapter in common: arc \[lora\]"):
+        build.make_report(folders[:1], tmp_path / "out", folders[1:])
+
+
+def test_results_without_scores_are_left_out_of_a_folder(tmp_path: Path) -> None:
+    sweep_folder(tmp_path / "all" / "sweep")
+    bare = tmp_path / "all" / "results_2026-01-01T00-00-00.000000.json"
+    bare.write_text(json.dumps({"results": {"arc": {"alias": "arc"}}}))
+    made = build.make_report([tmp_path / "all"], tmp_path / "out")
+    assert len(made.remarks) == 1
+    assert re.search(r"^left out: .*results_2026.* holds no scores", made.remarks[0])
+    with pytest.raises(UserError, match="holds no scores"):
+        build.make_report([bare], tmp_path / "out")
+
+
 def test_generalisation(tmp_path: Path) -> None:
     rows = [
         cell("l_spade", test, value + layer / 100, layer=layer, lens_data=train)

@@ -398,6 +398,15 @@ def test_no_document_is_an_example_for_itself(split: str, named: bool, tmp_path:
             configure("science", task, settings(tmp_path, split=split, num_fewshot=len(rows)))
 
 
+def test_a_split_without_rows_is_told_before_anything_is_computed(tmp_path: Path) -> None:
+    few = ask(layers=(2,), decoders=("logit_lens",), thresholds=())
+    lm = build(SweepLM, ask=few, max_length=255)
+    with pytest.raises(UserError, match=r"has no rows: task spade_mini_articles has \d+ of them"):
+        run(tmp_path / "out", TASKS, lm, ask=few, split="validation[30:]")
+    assert lm.account.seconds == 0
+    assert not (tmp_path / ".out.sweep").exists()
+
+
 def test_a_text_is_greedy_if_all_its_windows_are() -> None:
     lm = build(SweepLM, ask=ask(thresholds=(), decoders=("logit_lens",), layers=(LAYERS,)))
     (task,) = load_tasks(["spade_mini_articles"], tasks_path()).values()

@@ -16,6 +16,7 @@ from spade_eval.exits import ExitRule, Readout, Scope
 from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM, log
 from spade_eval.lm.exit_log import ExitLog, writable
+from spade_eval.lm.requests import first_tokens, warn_of_shared_beginnings
 from spade_eval.policy import Policy
 from spade_eval.trace import Trace, score, score_with_exits
 
@@ -159,6 +160,15 @@ class SpadeExitLM(SpadeLM):
         finally:
             self._rule = self.rule
 
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """As in HFLM; a calibration without it says nothing of such prompts."""
+        if self._calibration is not None and not self._calibration.apply_chat_template:
+            raise UserError(
+                f"threshold={WORD} holds for runs without --apply_chat_template. Calibrate with "
+                f"it, or give threshold={self._calibration.threshold} without a guarantee."
+            )
+        return super().apply_chat_template(*args, **kwargs)
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As in `SpadeLM`."""
         if self._calibration is not None:
@@ -171,6 +181,8 @@ class SpadeExitLM(SpadeLM):
             # Of several processes each has some documents, and a cache keeps known ones back.
             whole = self.world_size == 1 and self.cache_hook.dbdict is None
             self._calibration.require_tasks(set(self._source.tasks), whole)
+        if self._rule.scope == "context" and not self.rule.never:
+            warn_of_shared_beginnings(requests)
         if self.rule.confidence != "choice_entropy":
             return
         self._choices = first_tokens(requests)
@@ -267,11 +279,3 @@ def _calibration(threshold: object, path: str | Path | None) -> Calibration | No
     if path is not None:
         raise UserError(f"calibration={path} goes with threshold={WORD}; {threshold!r} was given.")
     return None
-
-
-def first_tokens(requests: Sequence[TokenRequest]) -> dict[int, list[int]]:
-    """For each request the first tokens of its context's continuations, each once."""
-    first: dict[tuple[int, ...], dict[int, None]] = {}
-    for _, context, continuation in requests:
-        first.setdefault(tuple(context), {})[continuation[0]] = None
-    return {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}

@@ -1,7 +1,8 @@
-"""What lm-eval's instances tell: their tasks, and where they come from."""
+"""What lm-eval's requests tell: their tasks, where they come from, and how answers begin."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from spade_eval.tally import Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """As HFLM has it: the texts of context and continuation, if known, and their token ids."""
@@ -33,3 +36,29 @@ def source_of(instances: Sequence[Any]) -> Source:
 def place(request: Any) -> str:
     """Where a request comes from, for messages."""
     return f"task {request.task_name}, document {request.doc_id}"
+
+
+def first_tokens(requests: Sequence[TokenRequest]) -> dict[int, list[int]]:
+    """For each request the first tokens of its context's continuations, each once."""
+    first: dict[tuple[int, ...], dict[int, None]] = {}
+    for _, context, continuation in requests:
+        first.setdefault(tuple(context), {})[continuation[0]] = None
+    return {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}
+
+
+def warn_of_shared_beginnings(requests: Sequence[TokenRequest]) -> None:
+    """Say so where one decision per context looks at a token that all its answers share.
+
+    Chat templates end in a newline, which lm-eval moves to the answers.
+    """
+    answers: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for _, context, continuation in requests:
+        answers.setdefault(tuple(context), set()).add(tuple(continuation[:2]))
+    several = [own for own in answers.values() if len(own) > 1]
+    alike = sum(len({answer[0] for answer in own}) == 1 for own in several)
+    if alike > len(several) / 2:
+        log.warning(
+            "All answers of %d of %d contexts begin with one token, as behind a chat template: "
+            "exit_scope=context decides before they differ. Use exit_scope=request, or token.",
+            alike, len(several),
+        )  # fmt: skip

@@ -16,7 +16,14 @@ from spade_eval.report.formats import write_table
 from spade_eval.report.page import source_rows, write_page
 from spade_eval.report.spaces import space_figures
 from spade_eval.report.styles import save, styled
-from spade_eval.report.sweeps import DOCUMENTS, by_model, is_sweep, read_sweep, short_adapters
+from spade_eval.report.sweeps import (
+    DOCUMENTS,
+    by_model,
+    is_sweep,
+    read_sweep,
+    short_adapters,
+    task_name,
+)
 from spade_eval.report.tables import leaderboard, sweep_tables
 
 if TYPE_CHECKING:
@@ -51,7 +58,7 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
     Raises:
         UserError: An input is missing, damaged, or something else; `output` cannot be written.
     """
-    sweeps, runs = _read(inputs)
+    sweeps, runs, skipped = _read(inputs)
     others = _read(chosen_on)[0]
     named = short_adapters([*sweeps, *others])
     sweeps, others = named[: len(sweeps)], named[len(sweeps) :]
@@ -70,6 +77,7 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
             for plot in tqdm(_figures(sweep), desc="Figures", unit="figure", disable=None):
                 plots.append((plot, _write_plot(plot, output / "figures")))
     write_page(output / "report.html", sources, remarks, plots, tables)
+    remarks += skipped
     remarks += _left(output / "tables", [table.name for table in tables])
     remarks += _left(output / "figures", [plot.name for plot, _ in plots])
     return Made(len(tables), len(plots), remarks)
@@ -86,10 +94,15 @@ def _left(folder: Path, names: Sequence[str]) -> list[str]:
     return [f"{folder} also holds files not of this report: {', '.join(found[:4])}{more}."]
 
 
-def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run]]:
-    """Find and read everything that the inputs name."""
+def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run], list[str]]:
+    """Find and read everything that the inputs name.
+
+    Returns:
+        Sweeps, results of lm-eval, and remarks on those in folders that are none.
+    """
     sweeps: list[Sweep] = []
     runs: list[Run] = []
+    skipped: list[str] = []
     for path in dict.fromkeys(given.expanduser() for given in inputs):
         if is_sweep(path.parent) and path.name.startswith("sweep."):
             path = path.parent
@@ -111,8 +124,14 @@ def _read(inputs: Sequence[Path]) -> tuple[list[Sweep], list[Run]]:
             )
         for folder in folders:
             sweeps += read_sweep(folder)
-        runs += [read_run(file)[0] for file in files]
-    return sweeps, runs
+        for file in files:
+            try:
+                runs.append(read_run(file)[0])
+            except UserError as err:
+                if len(files) == 1 and not folders:
+                    raise
+                skipped.append(f"left out: {err}")
+    return sweeps, runs, skipped
 
 
 def _choosers(
@@ -148,6 +167,14 @@ def _choosers(
                     f"{', '.join(apart)}. Choose settings on a sweep that was made like the one "
                     "that is reported."
                 )
+    for sweep in sweeps:
+        alike = [other for other in others if other.model == sweep.model]
+        if alike and not any(other.subjects & sweep.subjects for other in alike):
+            raise UserError(
+                f"--chosen-on: {', '.join(other.source for other in alike)} and {sweep.source} "
+                f"have no task under the same adapter in common: {_subjects(alike)}, and "
+                f"{_subjects([sweep])}. Sweep other documents of the tasks that are reported."
+            )
     found = {sweep.model: sweep for sweep in by_model(others)[0]}
     for model in (sweep.model for sweep in sweeps if sweep.model not in found):
         raise UserError(
@@ -156,6 +183,11 @@ def _choosers(
             "sweep --split validation."
         )
     return found
+
+
+def _subjects(sweeps: Sequence[Sweep]) -> str:
+    every = {subject for sweep in sweeps for subject in sweep.subjects}
+    return ", ".join(sorted(task_name(task, adapter) for adapter, task in every))
 
 
 def _figures(sweep: Sweep) -> Iterator[Plot]:

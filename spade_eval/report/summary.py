@@ -49,7 +49,23 @@ def check_text(found: Comparison, tolerance: float, alpha: float) -> str:
     end = [f"{row.task} {row.metric}: {_told(row)}" for row in worse]
     outcome = f"FAILED: {len(worse)} regression{'s'[: len(worse) > 1]}" if worse else "PASSED"
     parts = [_runs(found, "baseline", "run"), _table(rows), *_remarks(found)]
+    parts += _blind(found, alpha)
     return "\n\n".join([*parts, "\n".join([f"{outcome} ({rule})", *end])])
+
+
+def _blind(found: Comparison, alpha: float) -> list[str]:
+    """A remark on tasks of so few documents that no difference of theirs could be significant."""
+    tests = sum(not math.isnan(row.p) for row in found.rows)
+    few = {
+        row.task: row.difference.n
+        for row in found.rows
+        # The smallest p value of n pairs: all differences have one sign.
+        if row.difference.n is not None and 2.0 ** (1 - row.difference.n) * tests >= alpha
+    }
+    if not few:
+        return []
+    told = ", ".join(f"{task} ({n})" for task, n in few.items())
+    return [f"note: too few documents to fail at alpha {alpha:g}, whatever they lose: {told}."]
 
 
 def _runs(found: Comparison, a: str, b: str) -> str:

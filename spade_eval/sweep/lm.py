@@ -16,7 +16,7 @@ from spade_eval.errors import UserError
 from spade_eval.lens import LinearLens
 from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM
-from spade_eval.lm.exit import first_tokens
+from spade_eval.lm.requests import first_tokens
 from spade_eval.sweep.batch import Found, Reader, watched
 from spade_eval.sweep.collected import Call, Collected
 from spade_eval.sweep.contexts import by_document

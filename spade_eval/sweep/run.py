@@ -16,7 +16,7 @@ from spade_eval import __version__
 from spade_eval.cost import Account
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
-from spade_eval.fit.rows import source_of
+from spade_eval.fit.rows import rows_of, source_of
 from spade_eval.lm.cache import fingerprint
 from spade_eval.memory import peak_memory
 from spade_eval.splits import Split
@@ -69,6 +69,9 @@ def sweep(
         UserError: Bad input; what has been computed stays in the work folder.
     """
     check_output(settings, resume, overwrite)
+    if settings.split is not None:  # a task without such rows is told before hours of others
+        for name, task in tasks.items():
+            rows_of(name, task, settings.split)
     lm.barrier()  # or a slow process would find the first one's work folder
     with work.at_work(settings.work, main=lm.rank == 0):
         return _sweep(lm, tasks, settings, resume, overwrite, command)
