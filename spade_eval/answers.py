@@ -79,9 +79,6 @@ def pick(
     Returns:
         Log-probabilities (N,), and whether each target is the most likely token, (N,).
     """
-    asked, at = at.unique(return_inverse=True)
-    if len(asked) < len(logits):
-        logits = logits[asked]
     # The same operation as HFLM's, so that its rounding cancels in a comparison.
     logprobs = logits.log_softmax(-1, dtype=softmax_dtype)[at, targets]
     return logprobs, _is_argmax(logits, at, targets)

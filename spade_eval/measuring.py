@@ -59,9 +59,11 @@ def measure(
         if len(here) and rule.scope != "request":  # where no position decides alone
             here = here[rule.confident(values[-1]).cpu().numpy()[read_at[here] - first]]
         if len(here):
-            at = torch.from_numpy(read_at[here] - first).to(logits.device)
-            tokens = torch.from_numpy(targets[here]).to(logits.device)
-            found = pick(logits, at, tokens, softmax_dtype)
+            distinct, of = np.unique(read_at[here] - first, return_inverse=True)
+            asked, at, tokens = (
+                torch.from_numpy(x).to(logits.device) for x in (distinct, of, targets[here])
+            )
+            found = pick(logits[asked], at, tokens, softmax_dtype)
             logprobs[here], greedy[here] = (x.cpu() for x in found)
     return torch.cat(values), logprobs, greedy
 

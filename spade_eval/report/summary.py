@@ -55,7 +55,7 @@ def check_text(found: Comparison, tolerance: float, alpha: float) -> str:
 
 def _blind(found: Comparison, alpha: float) -> list[str]:
     """A remark on tasks of so few documents that no difference of theirs could be significant."""
-    tests = sum(not math.isnan(row.p) for row in found.rows)
+    tests = _tested(found)
     few = {
         row.task: row.difference.n
         for row in found.rows
@@ -132,8 +132,12 @@ def _test(row: Compared) -> str:
     return "" if row.group else row.difference.test
 
 
+def _tested(found: Comparison) -> int:
+    return sum(not math.isnan(row.p) for row in found.rows)
+
+
 def _tests(found: Comparison) -> str:
-    n = sum(not math.isnan(row.p) for row in found.rows)
+    n = _tested(found)
     return f"{n} test{'s'[: n != 1]}"
 
 
