@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spade_eval import checks
 from spade_eval.errors import UnsupportedModelError, UserError
+from spade_eval.forests import sees
 from spade_eval.hollow import (
     Lane,
     Probe,
@@ -149,11 +150,11 @@ class Backbone:
             )
         return Lane(h.to(torch.promote_types(h.dtype, self.state_dtype)), 0, calls)
 
-    def additive_mask(self, sees: Tensor) -> Tensor:
-        """Turn (B, T, T), true where token t sees token s, into an additive (B, 1, T, T) mask."""
+    def additive_mask(self, ends: Tensor) -> Tensor:
+        """The additive mask (B, 1, T, T) of rows of trees whose subtrees end at `ends` (B, T)."""
         dtype = self.model.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
-        return mask.masked_fill_(~sees.to(self.device), torch.finfo(dtype).min)[:, None]
+        mask = torch.zeros(*ends.shape, ends.shape[1], dtype=dtype, device=ends.device)
+        return mask.masked_fill_(~sees(ends), torch.finfo(dtype).min)[:, None]
 
     def advance(self, lane: Lane, to: int) -> Lane:
         """Run the lane, in place, through the layers up to and including layer `to`."""

@@ -1,13 +1,12 @@
 """From rows to batches: which rows run together, and their arrays.
 
-rows, longest first -> cut: groups of rows -> collate: padded arrays, a mask if packed
+rows, longest first -> cut: groups of rows -> collate: padded arrays
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +29,8 @@ class Batch:
     Attributes:
         ids: (B, T), padded with 0.
         positions: (B, T) if the rows are packed, else None: the model counts by itself.
-        sees: (B, T, T), true where a token sees another, if the rows are packed, else None.
+        ends: Where each token's subtree ends, (B, T), if the rows are packed, else None: every
+            token sees those before it. See `forests`.
         scored: Flat index b * T + t of the P tokens at which something is read.
         token_ids: The tokens at the scored positions, (P,).
         start_ids: The first token of each one's sequence, (P,).
@@ -44,7 +44,7 @@ class Batch:
 
     ids: Ints
     positions: Ints | None
-    sees: NDArray[np.bool_] | None
+    ends: Ints | None
     scored: Ints
     token_ids: Ints
     start_ids: Ints
@@ -107,14 +107,14 @@ def collate(rows: Sequence[Row]) -> Batch:
     packed = not all(row.is_chain for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(ids) if packed else None
-    sees = np.zeros((len(rows), width, width), dtype=bool) if packed else None
+    ends = np.arange(1, width + 1) + np.zeros_like(ids) if packed else None
     scored: dict[int, int] = {}
     reads: list[tuple[int, int, int]] = []
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row.ids
-        if positions is not None and sees is not None:
+        if positions is not None and ends is not None:
             positions[b, : len(row)] = row.positions
-            sees[b] = visible(row.parents, width)
+            ends[b, : len(row)] = row.ends
         for t, target, request in row.reads:
             reads.append((scored.setdefault(b * width + t, len(scored)), target, request))
     at = np.fromiter(scored, dtype=np.int64, count=len(scored))
@@ -123,7 +123,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     return Batch(
         ids=ids,
         positions=positions,
-        sees=sees,
+        ends=ends,
         scored=at,
         token_ids=ids.reshape(-1)[at],
         start_ids=np.array([row.ids[row.starts[t]] for row, t in where], dtype=np.int64),
@@ -134,20 +134,3 @@ def collate(rows: Sequence[Row]) -> Batch:
         lengths=np.array([len(row) for row in rows], dtype=np.int64),
         tokens_hf=sum(row.tokens_apart for row in rows),
     )
-
-
-def visible(parents: Sequence[int], width: int) -> NDArray[np.bool_]:
-    """Which tokens each token of a row sees: its ancestors and itself, (width, width).
-
-    Padding sees itself alone, since a softmax over nothing is not a number.
-    """
-    sees = np.eye(width, dtype=bool)
-    before = np.array(parents, dtype=np.int64)
-    # Runs of tokens that each follow the one before them: a run sees what its first one's parent
-    # does, and itself from its beginning on.
-    begins = np.flatnonzero(before[1:] != np.arange(len(before) - 1)) + 1
-    for b, e in pairwise([0, *begins.tolist(), len(before)]):
-        if before[b] >= 0:
-            sees[b:e] |= sees[before[b]]
-        sees[b:e, b:e] = np.tri(e - b, dtype=bool)
-    return sees

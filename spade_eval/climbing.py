@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def enter(backbone: Backbone, rows: Rows) -> Lane:
     """Embed rows: the main lane at depth 0, with every layer's arguments."""
     positions = mask = None
-    if rows.positions is not None and rows.sees is not None:
+    if rows.positions is not None and rows.ends is not None:
         positions = torch.from_numpy(rows.positions).to(backbone.device)
-        mask = backbone.additive_mask(torch.from_numpy(rows.sees))
+        mask = backbone.additive_mask(torch.from_numpy(rows.ends).to(backbone.device))
     return backbone.embed(torch.from_numpy(rows.ids).to(backbone.device), positions, mask)
 
 

@@ -10,10 +10,13 @@ and not only in the account; chains keep their own rows and lose their end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spade_eval.forests import roots, within
 
 if TYPE_CHECKING:
     from spade_eval.batching import Ints
@@ -29,14 +32,14 @@ class Rows:
         ids: Token ids, right-padded with 0, (B, T).
         real: Which of them are no padding, (B, T).
         positions: Position ids, if the rows are packed, (B, T).
-        sees: (B, T, T), true where a token sees another, if packed.
+        ends: Where each token's subtree ends, if packed, (B, T); see `forests`.
         origin: Flat index of each token in the batch's first rows, (B, T).
     """
 
     ids: Ints
     real: NDArray[np.bool_]
     positions: Ints | None
-    sees: NDArray[np.bool_] | None
+    ends: Ints | None
     origin: Ints
 
     def where(self, origins: Ints) -> Ints:
@@ -59,8 +62,8 @@ def compact(rows: Rows, open_at: Ints) -> tuple[Rows, Ints] | None:
     """
     flat = rows.where(open_at)
     b, t = np.divmod(flat, rows.ids.shape[1])
-    found = _chains(rows, b, t) if rows.sees is None else _forests(rows, rows.sees, b, t)
-    source, real, sees = found
+    found = _chains(rows, b, t) if rows.ends is None else _forests(rows, rows.ends, b, t)
+    source, real, ends = found
     if source.size > rows.ids.size * (1 - WORTH):
         return None
     pick = np.where(real, source, 0)
@@ -70,12 +73,12 @@ def compact(rows: Rows, open_at: Ints) -> tuple[Rows, Ints] | None:
         positions=None
         if rows.positions is None
         else np.where(real, rows.positions.reshape(-1)[pick], 0),
-        sees=sees,
+        ends=ends,
         origin=np.where(real, rows.origin.reshape(-1)[pick], 0),
     ), pick
 
 
-_Found = tuple["Ints", NDArray[np.bool_], "NDArray[np.bool_] | None"]
+_Found = tuple["Ints", NDArray[np.bool_], "Ints | None"]
 
 
 def _chains(rows: Rows, b: Ints, t: Ints) -> _Found:
@@ -87,42 +90,36 @@ def _chains(rows: Rows, b: Ints, t: Ints) -> _Found:
     return kept[:, None] * rows.ids.shape[1] + columns, columns <= last[:, None], None
 
 
-def _forests(rows: Rows, sees: NDArray[np.bool_], b: Ints, t: Ints) -> _Found:
+def _forests(rows: Rows, ends: Ints, b: Ints, t: Ints) -> _Found:
     """Trees with an open position, without the branches that have none."""
-    width = rows.ids.shape[1]
-    needed = np.zeros_like(rows.real)
-    np.logical_or.at(needed, b, sees[b, t])
-    at_b, at_t = np.nonzero(needed)
-    root = sees[at_b, at_t].argmax(-1)  # a token's first ancestor
-    _, first, counts = np.unique(at_b * width + root, return_index=True, return_counts=True)
-    # Depth-first order keeps a tree together: its tokens are consecutive among the needed ones.
-    trees = [(at_b[i], at_t[i : i + n]) for i, n in zip(first, counts, strict=True)]
-    trees.sort(key=lambda tree: -len(tree[1]))
-    bins = _pack([len(tokens) for _, tokens in trees], width)
-    wide = max(sum(len(trees[i][1]) for i in held) for held in bins)
-    source = np.zeros((len(bins), wide), dtype=np.int64)
-    real = np.zeros((len(bins), wide), dtype=bool)
-    seen = np.zeros((len(bins), wide, wide), dtype=bool)
-    seen[:, np.arange(wide), np.arange(wide)] = True  # padding sees itself
+    open_ = np.zeros_like(rows.real)
+    open_[b, t] = True
+    needed = within(ends, open_) > 0
+    kept = within(ends, needed)[needed]  # tokens of each one's new subtree, (N,)
+    # A tree's tokens stand together, and so do those of them that are needed.
+    root = np.flatnonzero(needed) - (np.arange(ends.shape[1]) - roots(ends))[needed]
+    _, tree, sizes = np.unique(root, return_inverse=True, return_counts=True)
+    bins = _pack(sizes, ends.shape[1])
+    bin_of, begin_of = np.empty_like(sizes), np.empty_like(sizes)
     for new, held in enumerate(bins):
-        begin = 0
-        for i in held:
-            row, tokens = trees[i]
-            end = begin + len(tokens)
-            source[new, begin:end] = row * width + tokens
-            real[new, begin:end] = True
-            seen[new, begin:end, begin:end] = sees[row][np.ix_(tokens, tokens)]
-            begin = end
-    return source, real, seen
+        bin_of[held] = new
+        begin_of[held] = np.cumsum([0, *sizes[held[:-1]]])
+    rank = np.arange(len(tree)) - (np.cumsum(sizes) - sizes)[tree]
+    at = bin_of[tree], begin_of[tree] + rank
+    shape = len(bins), max(sizes[held].sum() for held in bins)
+    source = np.zeros(shape, dtype=np.int64)
+    real = np.zeros(shape, dtype=bool)
+    new_ends = np.arange(1, shape[1] + 1) + source  # padding sees itself
+    source[at], real[at], new_ends[at] = np.flatnonzero(needed), True, at[1] + kept
+    return source, real, new_ends
 
 
-def _pack(sizes: list[int], most: int) -> list[list[int]]:
+def _pack(sizes: Ints, most: int) -> list[list[int]]:
     """Share out trees, longest first, over as few rows as hold them, each to the emptiest."""
-    n = max(1, -(-sum(sizes) // most))
-    bins: list[list[int]] = [[] for _ in range(n)]
-    filled = [0] * n
-    for i, size in enumerate(sizes):
-        at = int(np.argmin(filled))
-        bins[at].append(i)
-        filled[at] += size
+    bins: list[list[int]] = [[] for _ in range(max(1, -(-int(sizes.sum()) // most)))]
+    filled = [(0, i) for i in range(len(bins))]  # a heap
+    for tree in np.argsort(-sizes, kind="stable").tolist():
+        tokens, i = filled[0]
+        bins[i].append(tree)
+        heapreplace(filled, (tokens + int(sizes[tree]), i))
     return [held for held in bins if held]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spade_eval.decisions import answered_by_checks, decide
+from spade_eval.forests import roots
 from spade_eval.tally import Tally
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Account:
         self._set_baseline(prices)
         new = np.unique(batch.requests)
         new = new[source.counted[new]]
-        kind = "requests_dense" if batch.sees is None else "requests_packed"
+        kind = "requests_dense" if batch.ends is None else "requests_packed"
         self._by_task(source, new, requests=1, **{kind: 1})
 
     def add_exits(
@@ -271,11 +272,10 @@ def owners(batch: Batch) -> Ints:
     """
     width = batch.ids.shape[1]
     b, t = np.divmod(batch.scored[batch.read_at], width)
-    # A token's root is its first ancestor.
-    roots = np.zeros_like(batch.ids) if batch.sees is None else batch.sees.argmax(-1)
+    root = np.zeros_like(batch.ids) if batch.ends is None else roots(batch.ends)
     of_root = np.full(batch.ids.shape, -1, dtype=np.int64)
-    of_root[b[::-1], roots[b, t][::-1]] = batch.requests[::-1]  # the first one wins
-    return np.take_along_axis(of_root, roots, 1)
+    of_root[b[::-1], root[b, t][::-1]] = batch.requests[::-1]  # the first one wins
+    return np.take_along_axis(of_root, root, 1)
 
 
 def _measured(who: Decisions, checked: Ints, counted: NDArray[np.bool_]) -> tuple[Ints, Ints]:

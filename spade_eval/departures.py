@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def rows_of(batch: Batch) -> Rows:
     """A batch's rows before anything has left."""
     origin = np.arange(batch.ids.size).reshape(batch.ids.shape)
-    return Rows(batch.ids, batch.real, batch.positions, batch.sees, origin)
+    return Rows(batch.ids, batch.real, batch.positions, batch.ends, origin)
 
 
 class Departures:

@@ -67,13 +67,13 @@ class Layout:
 
 @dataclass
 class Row:
-    """One row of a batch: a forest of tokens, parents before children.
+    """One row of a batch: a forest of tokens, in depth-first order.
 
     Attributes:
         ids: Token ids.
-        parents: For each token the index of the one before it, -1 for a root.
         positions: For each token its distance from its root.
         starts: For each token the index of its root.
+        ends: For each token the index behind the last one that follows it (see `forests`).
         reads: (token index, target id, request index): the target's log-probability is read there.
         sequences: Distinct sequences in the row; what `--model hf` would feed as rows of their own.
         tokens_apart: Tokens of those sequences, counted one by one.
@@ -81,9 +81,9 @@ class Row:
     """
 
     ids: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     reads: list[tuple[int, int, int]] = field(default_factory=list)
     sequences: int = 0
     tokens_apart: int = 0
@@ -96,9 +96,9 @@ class Row:
         """Put another row's trees behind this one's."""
         offset = len(self)
         self.ids += other.ids
-        self.parents += [p + offset if p >= 0 else -1 for p in other.parents]
         self.positions += other.positions
         self.starts += [s + offset for s in other.starts]
+        self.ends += [e + offset for e in other.ends]
         self.reads += [(index + offset, target, request) for index, target, request in other.reads]
         self.sequences += other.sequences
         self.tokens_apart += other.tokens_apart
@@ -107,32 +107,31 @@ class Row:
     @property
     def is_chain(self) -> bool:
         """Whether each token follows the one before it: causal attention is the right one."""
-        return self.parents == list(range(-1, len(self) - 1))
+        return not self.ids or self.positions[-1] == len(self) - 1
 
     def add(self, ids: Sequence[int], path: list[int], shared: int) -> list[int]:
         """Add a sequence.
 
         Args:
             ids: Its token ids.
-            path: Token indices of a sequence in the row.
+            path: Token indices of the sequence that was added last.
             shared: How many of its first tokens it shares with `path`.
 
         Returns:
             Its own path.
         """
         path = path[:shared]
-        for token in ids[shared:]:
-            parent = path[-1] if path else -1
-            index = len(self.ids)
-            self.ids.append(token)
-            self.parents.append(parent)
-            self.positions.append(len(path))
-            self.starts.append(path[0] if path else index)
-            path.append(index)
+        new = range(len(self), len(self) + len(ids) - shared)
+        self.ids += ids[shared:]
+        self.positions += range(shared, len(ids))
+        self.starts += [path[0] if path else new.start] * len(new)
+        self.ends += [new.stop] * len(new)
+        for index in path:
+            self.ends[index] = new.stop
         self.sequences += 1
         self.tokens_apart += len(ids)
         self.longest = max(self.longest, len(ids))
-        return path
+        return [*path, *new]
 
 
 @dataclass(frozen=True)

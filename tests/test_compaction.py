@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,9 +15,12 @@ from spade_eval.batching import Batch, collate, cut
 from spade_eval.compaction import WORTH, Rows, compact
 from spade_eval.decisions import decide
 from spade_eval.departures import rows_of
+from spade_eval.forests import sees
 from spade_eval.scoring import Layout, Request, plan
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from spade_eval.exits import Scope
 
 # Few distinct tokens, so that contexts are each other's beginnings and continuations meet them.
@@ -90,12 +94,17 @@ def test_position_0_is_never_checked(scope: Scope) -> None:
 # ---------------------------------------------------------------- compaction
 
 
+def mask(rows: Rows) -> NDArray[np.bool_]:
+    assert rows.ends is not None
+    return sees(torch.from_numpy(rows.ends)).numpy()
+
+
 def seen_by(rows: Rows, origin: int) -> list[tuple[int, ...]]:
     """What a token sees, in order: (origin, id, position id)."""
     at = np.flatnonzero((rows.origin == origin) & rows.real)
     assert len(at) == 1, "a token stands in one place"
     b, t = divmod(int(at[0]), rows.ids.shape[1])
-    visible = range(t + 1) if rows.sees is None else np.flatnonzero(rows.sees[b, t]).tolist()
+    visible = range(t + 1) if rows.ends is None else np.flatnonzero(mask(rows)[b, t]).tolist()
     assert all(rows.real[b, s] for s in visible)
     positions = np.arange(rows.ids.shape[1]) if rows.positions is None else rows.positions[b]
     return [(int(rows.origin[b, s]), int(rows.ids[b, s]), int(positions[s])) for s in visible]
@@ -117,14 +126,14 @@ def inspect(before: Rows, after: Rows, source: np.ndarray, first: Rows, still: l
     assert ((source >= 0) & (source < before.ids.size)).all()
     assert not after.ids[~after.real].any()
     assert after.real.any(0).all(), "no column of padding only"
-    assert (after.sees is None) == (before.sees is None)
-    if after.sees is None:
+    assert (after.ends is None) == (before.ends is None)
+    if after.ends is None:
         lengths = after.real.sum(1)
         assert (after.real == (np.arange(after.ids.shape[1]) < lengths[:, None])).all()
         return
     for b, t in zip(*np.nonzero(~after.real), strict=True):
-        assert np.flatnonzero(after.sees[b, t]).tolist() == [t], "padding sees itself"
-        assert np.flatnonzero(after.sees[b, :, t]).tolist() == [t], "and nobody else sees it"
+        assert np.flatnonzero(mask(after)[b, t]).tolist() == [t], "padding sees itself"
+        assert np.flatnonzero(mask(after)[b, :, t]).tolist() == [t], "and nobody else sees it"
 
 
 @given(asked, st.booleans(), st.integers(1, 16), st.data())
@@ -147,7 +156,7 @@ def test_open_positions_see_what_they_saw(
 def not_worth_it(rows: Rows, still: list[int]) -> None:
     """The rows that remain, laid out without skill, are not much smaller than those there are."""
     seen = [[token[0] for token in seen_by(rows, origin)] for origin in still]
-    if rows.sees is None:
+    if rows.ends is None:
         kept = {int(np.argmax(((rows.origin == s[0]) & rows.real).any(1))) for s in seen}
         size = len(kept) * max(map(len, seen))
     else:

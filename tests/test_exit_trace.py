@@ -462,8 +462,10 @@ def test_layers_see_only_what_has_not_left(family: str, scope: Any) -> None:
             for member, layer in zip(np.flatnonzero(~first), layers.tolist(), strict=True):
                 at = int(batch.scored[who.member_at[member]])
                 b, t = divmod(at, batch.ids.shape[1])
-                sees = np.arange(t + 1) if batch.sees is None else np.flatnonzero(batch.sees[b, t])
-                assert (trace.passed[b, sees] >= layer).all()
+                path = np.arange(t + 1)
+                if batch.ends is not None:
+                    path = path[batch.ends[b, : t + 1] > t]
+                assert (trace.passed[b, path] >= layer).all()
     assert left_out > 0
 
 

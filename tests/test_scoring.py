@@ -7,10 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spade_eval.batching import Batch, collate, cut, visible
+from spade_eval.batching import Batch, collate, cut
+from spade_eval.forests import sees
 from spade_eval.scoring import FILL, BadRequestError, Layout, Request, Row, feed, plan
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple)  # few ids: much is shared
@@ -28,11 +30,7 @@ layouts = st.builds(
 
 def prefix(row: Row, index: int) -> tuple[int, ...]:
     """The tokens from a root down to `index`."""
-    out: list[int] = []
-    while index >= 0:
-        out.append(row.ids[index])
-        index = row.parents[index]
-    return tuple(reversed(out))
+    return tuple(row.ids[i] for i in range(index + 1) if row.ends[i] > index)
 
 
 @given(requests, layouts)
@@ -67,10 +65,10 @@ def test_rows_keep_to_the_layout(asked: list[Request], layout: Layout) -> None:
         # Nothing that two sequences of a tree have in common at their beginning is there twice.
         prefixes = [prefix(row, i) for i in range(len(row))]
         assert len(set(zip(row.starts, prefixes, strict=True))) == len(row)
-        for i, parent in enumerate(row.parents):
-            assert parent < i
-            assert row.positions[i] == len(prefixes[i]) - 1
-            assert row.ids[row.starts[i]] == prefixes[i][0]
+        for i, before in enumerate(prefixes):
+            assert row.positions[i] == len(before) - 1
+            assert row.ids[row.starts[i]] == before[0]
+            assert row.ends[row.starts[i]] > i >= row.starts[i]
 
 
 @given(requests, layouts, st.integers(1, 9))
@@ -93,13 +91,16 @@ def test_batches_hold_every_row_once_and_keep_their_size(
 def check_masks(batch: Batch) -> None:
     """A scored token sees exactly as many tokens as its position says; no token sees a later one
     or padding."""
-    if batch.sees is None:
+    if batch.ends is None:
         return
     width = batch.ids.shape[1]
-    assert not np.triu(batch.sees, 1).any()
-    assert batch.sees[:, np.arange(width), np.arange(width)].all()
-    flat = batch.sees.reshape(-1, width)
+    mask = sees(torch.from_numpy(batch.ends)).numpy()
+    assert not np.triu(mask, 1).any()
+    assert mask[:, np.arange(width), np.arange(width)].all()
+    flat = mask.reshape(-1, width)
     assert (flat[batch.scored].sum(1) == batch.scored_positions + 1).all()
+    for b, t in zip(*np.nonzero(~batch.real), strict=True):
+        assert np.flatnonzero(mask[b, t]).tolist() == [t], "padding sees itself alone"
 
 
 @given(requests, layouts)
@@ -165,29 +166,6 @@ def test_truncation_keeps_a_special_first_token_and_cuts_behind_it() -> None:
     assert feed(request, Layout(max_length=4)) == ((2, 3, 4, 5), True)
     assert feed(request, Layout(max_length=4, kept=(0,))) == ((0, 3, 4, 5), True)
     assert feed(request, Layout(max_length=6)) == ((0, 1, 2, 3, 4, 5), False)
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=30))
-def test_tokens_see_their_ancestors(back: list[int]) -> None:
-    parents = [t - 1 - min(n, t) if n < 7 else t - 1 for t, n in enumerate(back)]
-    sees = visible(parents, len(parents) + 2)
-    for t, parent in enumerate(parents):
-        ancestors = {t}
-        while parent >= 0:
-            ancestors.add(parent)
-            parent = parents[parent]
-        assert set(np.flatnonzero(sees[t])) == ancestors
-
-
-def test_padding_sees_itself_alone() -> None:
-    sees = visible([-1, 0, 0], 5)
-    assert sees.tolist() == [
-        [True, False, False, False, False],
-        [True, True, False, False, False],
-        [True, False, True, False, False],
-        [False, False, False, True, False],
-        [False, False, False, False, True],
-    ]
 
 
 def test_a_small_batch_size_bounds_what_a_row_holds() -> None:
