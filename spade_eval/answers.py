@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spade_eval.transfer import put
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -50,8 +52,8 @@ def read(
         softmax_dtype: The log-softmax is computed in this type.
         watch: Is shown each block of logits, (P', V), and the position that it begins with.
     """
-    rows_at = torch.from_numpy(read_at).to(h.device)
-    tokens = torch.from_numpy(targets).to(h.device)
+    rows_at = put(read_at, h.device)
+    tokens = put(targets, h.device)
     logprobs = torch.empty(len(read_at), dtype=softmax_dtype, device=h.device)  # (N,)
     greedy = torch.empty(len(read_at), dtype=torch.bool, device=h.device)
     rows = backbone.logits_rows(softmax_dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from spade_eval.decisions import decide
 from spade_eval.departures import Departures
 from spade_eval.exits import request_mean
+from spade_eval.transfer import put
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,9 +32,9 @@ def enter(backbone: Backbone, rows: Rows) -> Lane:
     """Embed rows: the main lane at depth 0, with every layer's arguments."""
     positions = mask = None
     if rows.positions is not None and rows.ends is not None:
-        positions = torch.from_numpy(rows.positions).to(backbone.device)
-        mask = backbone.additive_mask(torch.from_numpy(rows.ends).to(backbone.device))
-    return backbone.embed(torch.from_numpy(rows.ids).to(backbone.device), positions, mask)
+        positions = put(rows.positions, backbone.device)
+        mask = backbone.additive_mask(put(rows.ends, backbone.device))
+    return backbone.embed(put(rows.ids, backbone.device), positions, mask)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Climb:
             return
         members = self.departures.leave(layer, leaving)
         h = self.states(self.who.member_at[members])
-        self.h[torch.from_numpy(members).to(h.device)] = h.to(self.h.dtype)
+        self.h[put(members, h.device)] = h.to(self.h.dtype)
         if (source := self.departures.compact()) is not None:
             before, self.lane = self.lane, enter(self.backbone, self.departures.rows)
             self.lane.h = gather(before, source.reshape(-1)).view(*source.shape, -1)
@@ -125,4 +126,4 @@ class Climb:
 
 def gather(lane: Lane, flat: Ints) -> Tensor:
     """States of tokens, given by their flat index, (K, d), on the lane's device."""
-    return lane.h.flatten(0, 1)[torch.from_numpy(flat).to(lane.h.device)]
+    return lane.h.flatten(0, 1)[put(flat, lane.h.device)]

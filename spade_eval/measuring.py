@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spade_eval.answers import pick
+from spade_eval.transfer import put
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,9 +61,7 @@ def measure(
             here = here[rule.confident(values[-1]).cpu().numpy()[read_at[here] - first]]
         if len(here):
             distinct, of = np.unique(read_at[here] - first, return_inverse=True)
-            asked, at, tokens = (
-                torch.from_numpy(x).to(logits.device) for x in (distinct, of, targets[here])
-            )
+            asked, at, tokens = (put(x, logits.device) for x in (distinct, of, targets[here]))
             found = pick(logits[asked], at, tokens, softmax_dtype)
             logprobs[here], greedy[here] = (x.cpu() for x in found)
     return torch.cat(values), logprobs, greedy

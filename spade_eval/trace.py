@@ -24,6 +24,7 @@ from spade_eval.decisions import Decisions, answered_by_checks
 from spade_eval.decoders import Decoder, Linear, States
 from spade_eval.departures import rows_of
 from spade_eval.measuring import measure, measure_choices
+from spade_eval.transfer import put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -180,7 +181,7 @@ def _answer(
         # Members that left a position at the same layer share its answer.
         left = np.stack([who.member_at, exit_layers[who.member_of]])[:, members]  # (2, M')
         (at, layers), one, of = np.unique(left, axis=1, return_index=True, return_inverse=True)
-        h = climb.h[torch.from_numpy(members[one]).to(climb.h.device)]
+        h = climb.h[put(members[one], climb.h.device)]
         states.append(_states(backbone, climb.batch, h, torch.from_numpy(layers), at))
         answer = np.zeros(len(open_), dtype=np.int64)
         answer[members] = of.reshape(-1) + offset
@@ -221,7 +222,7 @@ def _states(backbone: Backbone, batch: Batch, h: Tensor, layer: int | Tensor, at
     return States(
         h,
         layer,
-        token_ids=torch.from_numpy(batch.token_ids[at]).to(device),
-        start_ids=torch.from_numpy(batch.start_ids[at]).to(device),
-        positions=torch.from_numpy(batch.scored_positions[at]).to(device),
+        token_ids=put(batch.token_ids[at], device),
+        start_ids=put(batch.start_ids[at], device),
+        positions=put(batch.scored_positions[at], device),
     )

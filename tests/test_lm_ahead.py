@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
@@ -145,6 +146,21 @@ def test_questions_with_choices_are_encoded_in_blocks_to_the_end(
         for text in texts:
             assert found.get(text) == own.encode(text)
     assert len(alone) <= -(-len(set(texts)) // block) + 1  # one at the head of each block
+
+
+@pytest.mark.parametrize(
+    ("threads", "sizes"), [(1, [100]), (3, [34, 34, 32]), (64, [16] * 6 + [4])]
+)
+def test_threads_share_a_block_and_keep_its_order(
+    threads: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    own = byte_tokenizer()
+    counted = Counted(own)
+    texts = [f"text {i}" for i in range(100)]
+    found = Ahead(texts, counted, own.encode, "<bos>")
+    assert [found.get(text) for text in texts] == [own.encode(text) for text in texts]
+    assert sorted(counted.sizes) == sorted([1, *sizes])
 
 
 def test_other_texts_leave_the_blocks_where_they_are() -> None:

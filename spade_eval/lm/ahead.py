@@ -1,19 +1,23 @@
 """Texts become token ids in blocks, ahead of their use.
 
-A fast tokenizer encodes the texts of a block on all cores, and the cost of a call is the block's.
-One text after another, tokenising short questions takes longer than a GPU takes to score them.
+A fast tokenizer encodes the texts of a block on all of torch's threads, and the cost of a call is
+the block's. One text after another, tokenising short questions takes longer than a GPU takes to
+score them.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 BLOCK = 512  # texts at once, at most; the last two blocks are kept
+LEAST = 16  # texts that a thread takes
 CHARACTERS = 2**20  # of a block, at most, give or take one text: a token takes a few dozen bytes
 SPECIAL: tuple[dict[str, bool], ...] = (
     {},
@@ -103,5 +107,14 @@ class Ahead:
         first = self._one(texts[0])
         for special in SPECIAL:
             if self._tokenizer(texts[:1], **special)["input_ids"] == [first]:
-                return self._tokenizer(texts, **special)["input_ids"]
+                return self._together(texts, special)
         return [first, *map(self._one, texts[1:])]
+
+    def _together(self, texts: list[str], special: dict[str, bool]) -> list[list[int]]:
+        # The tokenizer's own threads are switched off by `lm_eval` (TOKENIZERS_PARALLELISM=false);
+        # in ours it lets go of Python's lock. Its settings no longer change after a first call.
+        size = max(LEAST, -(-len(texts) // torch.get_num_threads()))
+        parts = [texts[i : i + size] for i in range(0, len(texts), size)]
+        with ThreadPoolExecutor(len(parts)) as threads:
+            found = threads.map(lambda part: self._tokenizer(part, **special)["input_ids"], parts)
+            return [ids for part in found for ids in part]

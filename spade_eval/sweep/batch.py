@@ -21,6 +21,7 @@ from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Spade, States
 from spade_eval.sweep.contexts import LARGEST, ends
 from spade_eval.trace import climb
+from spade_eval.transfer import put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -123,7 +124,7 @@ class Reader:
         depths = sorted({reading.layer for reading in grid.readings})
         if keep_states:
             depths = list(range(self.backbone.n_layers + 1))
-        at = torch.from_numpy(ends(batch)).to(self.backbone.device) if keep_states else None
+        at = put(ends(batch), self.backbone.device) if keep_states else None
         states_at_ends: list[NDArray[np.float16]] = []
         pairs: list[tuple[int, States]] = []
         by_layer: dict[int, list[int]] = {}
@@ -226,7 +227,7 @@ class _Watch:
             here = slice(*np.searchsorted(self.positions, (first, first + len(logits))))
             if here.start == here.stop:
                 return
-            rows = logits[torch.from_numpy(self.positions[here] - first).to(logits.device)]
+            rows = logits[put(self.positions[here] - first, logits.device)]
             for lens, layer in mine:
                 for name in self.reader.names[lens]:
                     values = self._measure(name, rows, here)
