@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spade_eval import __version__
 from spade_eval.default_model import default_model_path
 from spade_eval.lm.layer import SpadeLayerLM
+from spade_eval.machine import machine as hardware
 
 SIDES = {
     "hf": (HFLM, {}),
@@ -184,14 +184,9 @@ def resident() -> int:
 
 def machine() -> dict[str, str]:
     """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     return {
-        "cpu": f"{cpu}, {os.cpu_count()} cores",
+        **hardware(),
         "python": platform.python_version(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lm_eval": lm_eval.__version__,

@@ -12,17 +12,25 @@ _LAZY = {
     "logit_lens": "spade_eval.decoders",
     "spade": "spade_eval.decoders",
     "spade_nos": "spade_eval.decoders",
+    "LSpadeLM": "spade_eval.lm.layer",
+    "LensExitLM": "spade_eval.lm.exit",
     "LogitLensLM": "spade_eval.lm.layer",
     "SpadeExitForCausalLM": "spade_eval.causal_lm",
+    "SpadeExitLM": "spade_eval.lm.exit",
     "SpadeLayerLM": "spade_eval.lm.layer",
+    "TunedLensLM": "spade_eval.lm.layer",
 }
 
 __all__ = [
     "Backbone",
+    "LSpadeLM",
+    "LensExitLM",
     "LinearLens",
     "LogitLensLM",
     "SpadeExitForCausalLM",
+    "SpadeExitLM",
     "SpadeLayerLM",
+    "TunedLensLM",
     "__version__",
     "logit_lens",
     "spade",
@@ -35,7 +43,8 @@ if TYPE_CHECKING:
     from spade_eval.causal_lm import SpadeExitForCausalLM
     from spade_eval.decoders import logit_lens, spade, spade_nos
     from spade_eval.lens import LinearLens
-    from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
+    from spade_eval.lm.exit import LensExitLM, SpadeExitLM
+    from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
 
 
 def __getattr__(name: str) -> object:

@@ -45,7 +45,7 @@ class Record:
         before: By task and for "all": mean accuracy on the validation documents, its standard
             error and their number n, without the adapter.
         after: With it.
-        bill: Seconds and memory.
+        bill: Seconds, memory and the machine.
         command: That made it.
         versions: Of the packages.
     """

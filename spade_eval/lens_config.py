@@ -84,7 +84,7 @@ class LensConfig:
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     """Per layer, what was measured, held-out losses above all."""
     bill: dict[str, Any] = field(default_factory=dict)
-    """What the fit cost: seconds, memory."""
+    """What the fit cost, seconds and memory, and the machine."""
     command: str = ""
     """The command that made the lens."""
     package_version: str = __version__

@@ -41,6 +41,8 @@ def tokenized(*texts: str) -> Any:
 
 def test_it_loads_generates_and_tells_the_exits(folder: Path) -> None:
     assert spade_eval.SpadeExitForCausalLM is SpadeExitForCausalLM
+    assert {*spade_eval.__all__} <= {*dir(spade_eval)}
+    assert all(getattr(spade_eval, name) for name in spade_eval.__all__)
     loaded = SpadeExitForCausalLM.from_pretrained(folder, threshold=4.0, dtype="float64", **EVERY)
     assert loaded.model.dtype == torch.float64
     asked = tokenized("the cat sleeps", "a dog")

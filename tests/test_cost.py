@@ -14,9 +14,11 @@ from lm_eval.api.instance import Instance
 from test_lm import build, text
 from zoo import BYTES, byte_tokenizer, tiny
 
+from spade_eval.backbone import Backbone
 from spade_eval.batching import collate
 from spade_eval.cost import Account
 from spade_eval.decisions import decide
+from spade_eval.exits import ExitRule
 from spade_eval.lens import LinearLens
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.lenses import prices
@@ -153,11 +155,15 @@ def test_positions_that_requests_share_are_charged_once_for_checks_and_not_again
 def test_a_check_costs_the_head_that_is_computed(
     confidence: str, narrows: bool, readout: str, check: float, answers: bool
 ) -> None:
-    found = prices(4, 5.0, None, confidence, 100.0, readout, narrows)
-    assert found == Prices(4, 5.0, check, answers)
-    lens = LinearLens.identity(4, 10)  # stands for one of 10 x 10 weights
-    found = prices(4, 5.0, lens, confidence, 100.0, readout, narrows)
-    assert found == Prices(4, 5.0, check + 2.0, answers)
+    backbone = Backbone(tiny("llama"))
+    assert backbone.narrows
+    backbone.narrows = narrows
+    n_layers, width = backbone.n_layers, backbone.width
+    rule = ExitRule(1.0, confidence, readout=readout)
+    assert prices(backbone, 5.0, None, rule) == Prices(n_layers, 5.0, check, answers)
+    lens = LinearLens.identity(n_layers, width)  # stands for one of d x d weights
+    map_ = 2 * width**2 / backbone.operations
+    assert prices(backbone, 5.0, lens, rule) == Prices(n_layers, 5.0, check + map_, answers)
 
 
 def test_repeats_count_and_a_ranks_copies_do_not() -> None:

@@ -127,6 +127,7 @@ def test_a_lens_from_a_text_file(decoder: str, text: Path, tmp_path: Path) -> No
     assert (told["seed"], told["positions"], told["rank"]) == (3, "all", None)
     assert (told["command"], told["adapter"]) == ("spade-eval fit ...", None)
     assert told["bill"]["peak_memory_mb"] > 50
+    assert told["bill"]["cpu"].endswith(f", {os.cpu_count()} cores")
     card = (output / "README.md").read_text()
     assert "spade-eval fit ..." in card
 

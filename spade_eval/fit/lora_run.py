@@ -27,6 +27,7 @@ from spade_eval.fit.lora_settings import check_output
 from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.questions import Accuracy
 from spade_eval.lm.cache import weights_digest
+from spade_eval.machine import machine
 from spade_eval.memory import peak_memory
 from spade_eval.scoring import Request
 
@@ -151,6 +152,7 @@ def _finetune(
             "resumed": resume,  # the seconds are then those of the last process
             "seconds_training": round(seconds, 1),
             **peak_memory(),
+            **machine(),
         },
         command=command,
         versions={

@@ -29,6 +29,7 @@ from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lens_match import owner
 from spade_eval.lm.cache import weights_digest
+from spade_eval.machine import machine
 from spade_eval.memory import peak_memory
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def _fit(
             "seconds_states": round(seconds, 3),
             "seconds_training": round(sum(part.seconds for part in parts.values()), 3),
             **peak_memory(),
+            **machine(),
         },
         command=command,
         package_version=__version__,

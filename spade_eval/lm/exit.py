@@ -129,15 +129,7 @@ class SpadeExitLM(SpadeLM):
         self.rule.candidates(n_layers, maps)
 
     def _prices(self, head: float) -> Prices:
-        return lenses.prices(
-            self.backbone.n_layers,
-            head,
-            self._loaded,
-            self.rule.confidence,
-            self.backbone.operations,
-            self.rule.readout,
-            self.backbone.narrows,
-        )
+        return lenses.prices(self.backbone, head, self._loaded, self.rule)
 
     # ------------------------------------------------------------------ requests
 

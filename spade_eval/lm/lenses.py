@@ -15,6 +15,7 @@ from spade_eval.tally import Prices
 
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
+    from spade_eval.exits import ExitRule
 
 DEFAULT_LENS = Path(__file__).resolve().parent.parent / "default_lens"  # L-SPADE, default model
 
@@ -88,35 +89,25 @@ def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: boo
     return own.to(device=backbone.device, dtype=backbone.state_dtype).requires_grad_(False)
 
 
-def prices(
-    n_layers: int,
-    head: float,
-    lens: LinearLens | None,
-    confidence: str,
-    operations: float,
-    readout: str,
-    narrows: bool,
-) -> Prices:
+def prices(backbone: Backbone, head: float, lens: LinearLens | None, rule: ExitRule) -> Prices:
     """What heads and checks cost in token-layers.
 
     Args:
-        n_layers: L.
+        backbone: The model.
         head: Price of a head.
         lens: Whose map a check applies; None for the identity.
-        confidence: What it measures.
-        operations: Of a layer's matrix products per token.
-        readout: What answers after an exit.
-        narrows: Whether the head can be computed at a handful of choices.
+        rule: What a check measures, and what answers after an exit.
     """
     map_ = 0.0
     if lens is not None:  # d^2 multiply-adds, or 2 r d
         config = lens.config
         weights = config.width * (2 * config.rank if config.rank else config.width)
-        map_ = 2 * weights / operations
-    by_choice = confidence == "choice_entropy"
+        map_ = 2 * weights / backbone.operations
+    by_choice = rule.confidence == "choice_entropy"
     # The head at a handful of choices costs nothing beside the map.
-    asked = 0.0 if by_choice and narrows else head
-    return Prices(n_layers, head, map_ + asked, readout == "lens" and not by_choice)
+    asked = 0.0 if by_choice and backbone.narrows else head
+    itself = rule.readout == "lens" and not by_choice
+    return Prices(backbone.n_layers, head, map_ + asked, itself)
 
 
 def describe(lens: LinearLens, name: object) -> dict[str, object]:

@@ -85,7 +85,7 @@ def source_rows(sweeps: Sequence[Sweep]) -> list[dict[str, str]]:
     for sweep in sweeps:
         about = sweep.about
         row = {"folder": sweep.source, "model": sweep.model, "layers": str(sweep.n_layers)}
-        for key in ("adapter", "tasks", "seed", "command", "spade_eval", "versions"):
+        for key in ("adapter", "tasks", "seed", "command", "spade_eval", "versions", "machine"):
             if about.get(key) is not None:
                 value = about[key]
                 row[key] = (

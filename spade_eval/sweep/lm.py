@@ -243,15 +243,7 @@ class SweepLM(SpadeLM):
 
     def _exit_prices(self, exit_: Exit) -> Prices:
         lens = None if exit_.lens == IDENTITY else self.maps[exit_.lens][1]
-        return lenses.prices(
-            self.backbone.n_layers,
-            self.prices.head,
-            lens,
-            exit_.rule.confidence,
-            self.backbone.operations,
-            exit_.rule.readout,
-            self.backbone.narrows,
-        )
+        return lenses.prices(self.backbone, self.prices.head, lens, exit_.rule)
 
     def _settings(self) -> dict[str, object]:
         found = {k: lenses.describe(lens, self._sources[k]) for k, (_, lens) in self.maps.items()}

@@ -18,6 +18,7 @@ from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
 from spade_eval.fit.rows import rows_of, source_of
 from spade_eval.lm.cache import fingerprint
+from spade_eval.machine import machine
 from spade_eval.memory import peak_memory
 from spade_eval.splits import Split
 from spade_eval.sweep import contexts, table
@@ -130,6 +131,7 @@ def _sweep(
         "resumed": resume,  # the seconds are then those of the last process; the tasks' are whole
         "seconds": round(time.perf_counter() - begin, 1),
         **peak_memory(),
+        "machine": machine(),
         "versions": _versions(),
         "settings": settings.describe(),
         "sweep": lm._settings(),
