@@ -185,7 +185,7 @@ def resident() -> int:
 def machine() -> dict[str, str]:
     """What the numbers depend on."""
     return {
-        **hardware(),
+        **hardware("cuda" if torch.cuda.is_available() else "cpu"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -107,7 +107,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     packed = not all(row.is_chain for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(ids) if packed else None
-    ends = np.arange(1, width + 1) + np.zeros_like(ids) if packed else None
+    ends = np.tile(np.arange(1, width + 1), (len(rows), 1)) if packed else None
     scored: dict[int, int] = {}
     reads: list[tuple[int, int, int]] = []
     for b, row in enumerate(rows):

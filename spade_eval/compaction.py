@@ -109,7 +109,7 @@ def _forests(rows: Rows, ends: Ints, b: Ints, t: Ints) -> _Found:
     shape = len(bins), max(sizes[held].sum() for held in bins)
     source = np.zeros(shape, dtype=np.int64)
     real = np.zeros(shape, dtype=bool)
-    new_ends = np.arange(1, shape[1] + 1) + source  # padding sees itself
+    new_ends = np.tile(np.arange(1, shape[1] + 1), (shape[0], 1))  # padding sees itself
     source[at], real[at], new_ends[at] = np.flatnonzero(needed), True, at[1] + kept
     return source, real, new_ends
 
@@ -122,4 +122,4 @@ def _pack(sizes: Ints, most: int) -> list[list[int]]:
         tokens, i = filled[0]
         bins[i].append(tree)
         heapreplace(filled, (tokens + int(sizes[tree]), i))
-    return [held for held in bins if held]
+    return bins

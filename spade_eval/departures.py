@@ -1,7 +1,7 @@
 """Who has exited and which tokens are still in the main lane, layer by layer.
 
-The bookkeeping of Algorithm 1 for a batch, without a model and without tensors: the climb drives it
-with the decisions it takes, a sweep with those that a threshold would have taken.
+The bookkeeping of Algorithm 1 for a batch, without a model: the climb drives it with the decisions
+it takes, a sweep with those that a threshold would have taken.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trees of tokens side by side in a row, told by where each token's subtree ends.
 
-Tokens stand in depth-first order: what follows a token stands right behind it, up to its end. So
+Tokens stand in depth-first order: a token's descendants stand right behind it, up to its end. So
 token t sees token s, its ancestor or itself, exactly where s <= t < ends[s]. One number per token
 says what a mask of (T, T) says; the mask is made where it is needed, on the model's device.
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 
-def machine() -> dict[str, str]:
-    """The `cpu` and, if this process used one, the `gpu`, by their makers' names."""
+def machine(device: torch.device | str = "cpu") -> dict[str, str]:
+    """The `cpu` and, if that is the device, the `gpu`, by their makers' names."""
     cpu = platform.processor() or platform.machine()
     with suppress(OSError):  # only Linux has the file
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     found = {"cpu": f"{cpu}, {os.cpu_count()} cores"}
-    if torch.cuda.is_initialized():
-        found["gpu"] = torch.cuda.get_device_name()
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
     return found

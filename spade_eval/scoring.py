@@ -73,7 +73,7 @@ class Row:
         ids: Token ids.
         positions: For each token its distance from its root.
         starts: For each token the index of its root.
-        ends: For each token the index behind the last one that follows it (see `forests`).
+        ends: For each token the index behind its last descendant (see `forests`).
         reads: (token index, target id, request index): the target's log-probability is read there.
         sequences: Distinct sequences in the row; what `--model hf` would feed as rows of their own.
         tokens_apart: Tokens of those sequences, counted one by one.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def put(array: NDArray[Any], device: torch.device) -> Tensor:
     """An array as a tensor on a device.
 
-    CUDA has its own copy of the array before the call returns, so nothing need wait until the
-    device has done what was asked of it before, and the next work queues up behind.
+    On CUDA the call does not wait for the work that was queued before: memory that is not pinned is
+    copied aside before it returns, so the array may change or go at once.
     """
     return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")

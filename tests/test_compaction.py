@@ -16,7 +16,7 @@ from spade_eval.compaction import WORTH, Rows, compact
 from spade_eval.decisions import decide
 from spade_eval.departures import rows_of
 from spade_eval.forests import sees
-from spade_eval.scoring import Layout, Request, plan
+from spade_eval.scoring import Layout, Request, Row, plan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -214,3 +214,17 @@ def test_what_is_left_of_several_rows_moves_together() -> None:
     assert found is not None
     assert found[0].ids.shape[0] == 1
     assert found[0].real.sum() == 18
+
+
+def test_trees_are_shared_out_longest_first_each_to_the_emptiest_row() -> None:
+    rows = []
+    for sizes in ((5, 3), (2, 2, 1), (8,)):
+        row = Row()
+        for size in sizes:
+            path = row.add((10 * size + len(rows),) * size, [], 0)
+            row.reads.append((path[-1], 0, len(row.reads)))
+        rows.append(row)
+    batch = collate(rows)
+    found = compact(rows_of(batch), batch.scored[batch.token_ids != 82])
+    assert found is not None
+    assert found[0].ids.tolist() == [[50] * 5 + [21] * 2, [30] * 3 + [21] * 2 + [11, 0]]

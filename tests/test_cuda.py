@@ -10,6 +10,7 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -34,6 +35,7 @@ from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM
 from spade_eval.sweep.lm import SweepLM
 from spade_eval.sweep.run import sweep
 from spade_eval.sweep.settings import SweepSettings
+from spade_eval.transfer import put
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +92,15 @@ def test_layer_by_layer_is_the_model(family: str) -> None:
         torch.testing.assert_close(a, b, msg=f"layer {layer}")
     logits = backbone.logits(ours[-1].flatten(0, 1)).view_as(theirs.logits)
     torch.testing.assert_close(logits, theirs.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [10, 10**4, 10**6])
+def test_an_array_may_change_while_the_device_is_busy(n: int) -> None:
+    torch.cuda._sleep(10**9)
+    array = np.full(n, 7)
+    found = put(array, torch.device(GPU))
+    array[:] = 0
+    assert (found == 7).all()
 
 
 # ---------------------------------------------------------------- scores
@@ -251,6 +262,7 @@ def test_training_a_map_repeats_itself(corpus: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         bill = json.loads((tmp_path / name / "config.json").read_text())["bill"]
         assert 0 < bill["peak_gpu_memory_mb"] < bill["peak_memory_mb"]
+        assert bill["gpu"] == torch.cuda.get_device_name()
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
 

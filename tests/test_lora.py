@@ -366,6 +366,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_adapter(
 
 def asdict_without_bill(told: adapter_files.Record) -> dict[str, Any]:
     entries = json.loads(json.dumps(vars(told)))
+    assert entries["bill"]["cpu"]
     del entries["bill"]
     return entries
 

@@ -64,6 +64,7 @@ def test_rows_keep_to_the_layout(asked: list[Request], layout: Layout) -> None:
             assert layout.window is None or longest <= layout.window
         # Nothing that two sequences of a tree have in common at their beginning is there twice.
         prefixes = [prefix(row, i) for i in range(len(row))]
+        assert row.is_chain == all(len(before) == i + 1 for i, before in enumerate(prefixes))
         assert len(set(zip(row.starts, prefixes, strict=True))) == len(row)
         for i, before in enumerate(prefixes):
             assert row.positions[i] == len(before) - 1

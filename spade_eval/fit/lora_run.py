@@ -149,10 +149,10 @@ def _finetune(
         after={name: asdict(accuracy) for name, accuracy in after.items()},
         bill={
             "processes": processes.num_processes,
-            "resumed": resume,  # the seconds are then those of the last process
+            "resumed": resume,  # the seconds and the machine are then the last's
             "seconds_training": round(seconds, 1),
             **peak_memory(),
-            **machine(),
+            **machine(lm.device),
         },
         command=command,
         versions={

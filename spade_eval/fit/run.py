@@ -144,12 +144,12 @@ def _fit(
         bill={
             "held_out_documents": len(held_out),
             "held_out_positions": states.count(todo) - n,
-            "resumed": resume,  # the states' seconds are then those of the last process
+            "resumed": resume,  # the states' seconds and the machine are then the last's
             "precision": "bfloat16" if recipe.bf16 else "float32",  # of the head while training
             "seconds_states": round(seconds, 3),
             "seconds_training": round(sum(part.seconds for part in parts.values()), 3),
             **peak_memory(),
-            **machine(),
+            **machine(lm.device),
         },
         command=command,
         package_version=__version__,

@@ -112,7 +112,7 @@ class Ahead:
 
     def _together(self, texts: list[str], special: dict[str, bool]) -> list[list[int]]:
         # The tokenizer's own threads are switched off by `lm_eval` (TOKENIZERS_PARALLELISM=false);
-        # in ours it lets go of Python's lock. Its settings no longer change after a first call.
+        # in ours it lets go of Python's lock.
         size = max(LEAST, -(-len(texts) // torch.get_num_threads()))
         parts = [texts[i : i + size] for i in range(0, len(texts), size)]
         with ThreadPoolExecutor(len(parts)) as threads:

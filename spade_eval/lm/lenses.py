@@ -106,8 +106,8 @@ def prices(backbone: Backbone, head: float, lens: LinearLens | None, rule: ExitR
     by_choice = rule.confidence == "choice_entropy"
     # The head at a handful of choices costs nothing beside the map.
     asked = 0.0 if by_choice and backbone.narrows else head
-    itself = rule.readout == "lens" and not by_choice
-    return Prices(backbone.n_layers, head, map_ + asked, itself)
+    check_answers = rule.readout == "lens" and not by_choice
+    return Prices(backbone.n_layers, head, map_ + asked, check_answers)
 
 
 def describe(lens: LinearLens, name: object) -> dict[str, object]:

@@ -19,7 +19,7 @@ from spade_eval.answers import read
 from spade_eval.confidence import CONFIDENCES
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Spade, States
-from spade_eval.sweep.contexts import LARGEST, ends
+from spade_eval.sweep.contexts import LARGEST, context_ends
 from spade_eval.trace import climb
 from spade_eval.transfer import put
 
@@ -124,7 +124,7 @@ class Reader:
         depths = sorted({reading.layer for reading in grid.readings})
         if keep_states:
             depths = list(range(self.backbone.n_layers + 1))
-        at = put(ends(batch), self.backbone.device) if keep_states else None
+        at = put(context_ends(batch), self.backbone.device) if keep_states else None
         states_at_ends: list[NDArray[np.float16]] = []
         pairs: list[tuple[int, States]] = []
         by_layer: dict[int, list[int]] = {}

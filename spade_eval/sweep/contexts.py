@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LARGEST = float(np.finfo(np.float16).max)
 
 
-def ends(batch: Batch) -> Ints:
+def context_ends(batch: Batch) -> Ints:
     """Scored positions at which contexts end, (K,)."""
     return decide(batch, "context").check_at
 

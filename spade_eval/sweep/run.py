@@ -128,10 +128,11 @@ def _sweep(
         "n_layers": lm.backbone.n_layers,
         "tasks": about,
         "seed": settings.seed,
-        "resumed": resume,  # the seconds are then those of the last process; the tasks' are whole
+        # The seconds and the machine are then those of the last process; the tasks' are whole.
+        "resumed": resume,
         "seconds": round(time.perf_counter() - begin, 1),
         **peak_memory(),
-        "machine": machine(),
+        "machine": machine(lm.device),
         "versions": _versions(),
         "settings": settings.describe(),
         "sweep": lm._settings(),
