@@ -19,6 +19,7 @@ from spade_eval.errors import UserError
 from spade_eval.report.baseline import read_run, write_baseline
 from spade_eval.report.check import Comparison, compare, refuse
 from spade_eval.report.runs import Run, Score, TaskScores
+from spade_eval.report.summary import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,7 +203,7 @@ def test_a_check_that_cannot_fail_says_so(
         base = written(tmp_path / f"base{n}", {"arc": [1.0] * n})
         run = written(tmp_path / f"run{n}", {"arc": [0.0] * n})
         assert main(["check", str(run), "--baseline", str(base)]) == (0 if told else 1)
-        note = "too few documents to fail at alpha 0.05, whatever they lose: arc (5)"
+        note = "too few documents for 1 test to fail at alpha 0.05, whatever they lose: arc (5)"
         assert (note in capsys.readouterr().out) == told
 
 
@@ -270,6 +271,102 @@ def test_a_value_that_is_no_number_is_a_regression(
     assert "now nan" in capsys.readouterr().out
 
 
+def of_value(value: float, stderr: float | None = None, higher: bool | None = True) -> TaskScores:
+    return TaskScores({"m": Score.with_outcomes(value, stderr, higher, None)}, 1.0, 0, 50, ())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (of_value(0.9), of_value(0.1), "m was 0.9 and is 0.1"),
+        (of_value(20.8, higher=False), of_value(432.2, higher=False), "m was 20.8 and is 432.2"),
+        (of_value(0.9, 0.1, None), of_value(0.1, 0.1, None), "m was 0.9 and is 0.1"),
+        (of_value(0.9, 0.0), of_value(0.1, 0.0), "m was 0.9 and is 0.1"),
+        (of_value(math.nan), of_value(math.nan), "m was nan and is nan"),
+        (of_value(math.inf), of_value(math.inf), "m was inf and is inf"),
+        (of_value(0.9), of_value(0.895), None),
+        (of_value(0.1), of_value(0.9), None),
+        (of_value(0.9, 0.1, None), of_value(0.9, 0.1, None), None),
+        (of_value(math.inf, higher=False), of_value(20.0, higher=False), None),
+    ],
+)
+def test_a_change_that_nothing_can_test_is_no_pass(
+    before: TaskScores, after: TaskScores, message: str | None
+) -> None:
+    tested = scored(BASE)
+    found = compare(run_of(arc=tested, other=before), run_of(arc=tested, other=after))
+    refuse(found, ["untested"], 0.01, 0.05)
+    assert not found.regressions(0.01, 0.05)
+    if message is None:
+        refuse(found, [], 0.01, 0.05)
+        return
+    with pytest.raises(UserError, match=f"cannot be tested: other {message}.*--allow untested"):
+        refuse(found, [], 0.01, 0.05)
+
+
+def test_a_value_that_is_no_number_makes_no_baseline(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="arc m is nan: later runs cannot be checked"):
+        write_baseline(run_of(arc=of_value(math.nan)), tmp_path / "base.json")
+    assert not (tmp_path / "base.json").exists()
+
+
+def of_loglikelihoods(values: Sequence[float]) -> TaskScores:
+    outcomes = np.array([(v, 10.0) for v in values])
+    with np.errstate(over="ignore"):
+        value = float(np.exp(-outcomes[:, 0].sum() / outcomes[:, 1].sum()))
+    documents = tuple(f"d{i}" for i in range(len(values)))
+    score = Score.with_outcomes(value, None, False, outcomes)
+    return TaskScores({"word_perplexity": score}, 1.0, 0, len(values), documents)
+
+
+def test_one_document_is_no_test() -> None:
+    found = compare(run_of(a=of_loglikelihoods([-9.0])), run_of(a=of_loglikelihoods([-90.0])))
+    assert found.rows[0].p == 1.0
+    assert "too few documents for 1 test" in check_text(found, 0.01, 0.05)
+
+
+def test_what_has_no_chance_in_both_runs_is_not_better() -> None:
+    a, b = [-9.0, -math.inf, -8.0] * 9, [-9.5, -math.inf, -8.5] * 9
+    found = compare(run_of(a=of_loglikelihoods(a)), run_of(a=of_loglikelihoods(b)))
+    assert found.rows[0].verdict(0.01, 0.05) == "not tested"
+    found = compare(run_of(a=of_loglikelihoods([-9.0] * 9)), run_of(a=of_loglikelihoods(b)))
+    assert found.rows[0].verdict(0.01, 0.05) == "worse"
+
+
+def test_permutations_are_too_few_for_many_tests() -> None:
+    """The smallest p of 9,999 is 0.0002."""
+    good, bad = (of_loglikelihoods([-v] * 30) for v in (9.0, 90.0))
+    few = compare(run_of(a=good), run_of(a=bad))
+    assert few.regressions(0.01, 0.05)
+    assert "too few" not in check_text(few, 0.01, 0.05)
+    many = {f"t{i}": scored([1.0, 0.0]) for i in range(300)}
+    found = compare(run_of(a=good, **many), run_of(a=bad, **many))
+    assert not found.regressions(0.01, 0.05)
+    assert "too few documents for 301 tests to fail" in check_text(found, 0.01, 0.05)
+
+
+def test_where_lower_is_better_zero_stays_zero() -> None:
+    def of(value: float) -> Comparison:
+        return compare(
+            run_of(a=of_value(0.0, 0.01, higher=False)),
+            run_of(a=of_value(value, 0.01, higher=False)),
+        )
+
+    assert of(0.0).rows[0].verdict(0.01, 0.05) == "same"
+    assert of(0.5).regressions(0.01, 0.05)
+    assert "0.0000 -> 0.5000, 0.5 worse" in check_text(of(0.5), 0.01, 0.05)
+
+
+def test_a_limit_is_seen_where_documents_were_not_counted() -> None:
+    def of(limit: int) -> Run:
+        task = replace(of_value(0.5, 0.01), n=None)
+        return Run("here.json", {"limit": limit}, {"arc": task})
+
+    with pytest.raises(UserError, match="arc: --limit 100, then 50"):
+        refuse(compare(of(100), of(50)), [], 0.01, 0.05)
+    refuse(compare(of(100), of(50)), ["limit"], 0.01, 0.05)
+
+
 def test_an_unknown_direction_is_not_judged() -> None:
     found = compare(run_of(arc=scored(BASE, None)), run_of(arc=scored(worse(BASE, 50), None)))
     assert found.rows[0].verdict(0.01, 0.05) == "not tested"
@@ -319,11 +416,11 @@ def test_a_task_that_only_one_run_has_is_told() -> None:
     found = compare(both, one)
     assert [row.task for row in found.rows] == ["arc"]
     with pytest.raises(UserError, match=r"Only in here\.json: boolq\..*--allow missing"):
-        refuse(found, [])
-    refuse(found, ["missing"])
+        refuse(found, [], 0.01, 0.05)
+    refuse(found, ["missing"], 0.01, 0.05)
     more = compare(one, both)
     assert more.notes == ("Only in here.json: boolq.",)
-    refuse(more, [])
+    refuse(more, [], 0.01, 0.05)
 
 
 def test_a_metric_that_has_gone_is_refused() -> None:
@@ -331,7 +428,7 @@ def test_a_metric_that_has_gone_is_refused() -> None:
     scores = {**whole.scores, "acc_norm": next(iter(whole.scores.values()))}
     more = replace(whole, scores=scores)
     with pytest.raises(UserError, match=r"Only in here\.json: arc acc_norm\."):
-        refuse(compare(run_of(arc=more), run_of(arc=whole)), [])
+        refuse(compare(run_of(arc=more), run_of(arc=whole)), [], 0.01, 0.05)
 
 
 def test_few_shot_examples_of_another_seed_are_refused() -> None:
@@ -339,8 +436,8 @@ def test_few_shot_examples_of_another_seed_are_refused() -> None:
         return Run("r", {"fewshot_seed": seed}, {"arc": replace(scored(BASE), n_shot=shots)})
 
     with pytest.raises(UserError, match="fewshot_seed is 1, then 2"):
-        refuse(compare(run(1, 5), run(2, 5)), [])
-    refuse(compare(run(1, 0), run(2, 0)), [])
+        refuse(compare(run(1, 5), run(2, 5)), [], 0.01, 0.05)
+    refuse(compare(run(1, 0), run(2, 0)), [], 0.01, 0.05)
 
 
 def test_documents_are_paired_where_two_runs_overlap(tmp_path: Path) -> None:
@@ -351,10 +448,10 @@ def test_documents_are_paired_where_two_runs_overlap(tmp_path: Path) -> None:
     assert found.rows[0].difference.a == pytest.approx(np.mean(BASE[50:]))
     assert found.rows[0].difference.p == 1.0
     with pytest.raises(UserError, match="200 documents, then 150"):
-        refuse(found, [])
+        refuse(found, [], 0.01, 0.05)
     shifted = written(tmp_path / "shifted", {"arc": BASE}, first_doc=50)
     with pytest.raises(UserError, match="of 200 documents, 150 are the same"):
-        refuse(compare(read_run(base)[0], read_run(shifted)[0]), [])
+        refuse(compare(read_run(base)[0], read_run(shifted)[0]), [], 0.01, 0.05)
 
 
 # ---------------------------------------------------------------- baselines
@@ -457,17 +554,45 @@ def test_files_that_are_no_results(
 def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(written(tmp_path / "run", {"arc": BASE}))
     (tmp_path / "empty").mkdir()
-    assert "no such file" in refused(
-        ["check", run, "--baseline", str(tmp_path / "no.json")], capsys
-    )
+    missing = refused(["check", run, "--baseline", str(tmp_path / "no.json")], capsys)
+    assert "There is no baseline" in missing
+    assert f"--write-baseline {tmp_path / 'no.json'}" in missing
     assert "--output_path" in refused(["compare", run, str(tmp_path / "empty")], capsys)
 
 
-def test_damaged_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:1000],
+        lambda text: text.replace(b'"metrics": ["acc"]', b'"metrics": null', 1),
+        lambda text: text.replace(b'"doc_id": 7,', b'"doc_id": "x",'),
+        lambda text: text.replace(b'"filter"', b'"\xff"', 1),
+    ],
+)
+def test_damaged_samples(damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = written(tmp_path / "run", {"arc": BASE})
     samples = tmp_path / "run" / f"samples_arc_{DATE}.jsonl"
-    samples.write_text(samples.read_text()[:1000])
+    samples.write_bytes(damage(samples.read_bytes()))
     assert "is no sample of lm-eval" in refused(["compare", str(run), str(run)], capsys)
+
+
+@pytest.mark.parametrize("kept", [0, 120])
+def test_samples_that_end_early_are_told(
+    kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = written(tmp_path / "run", {"arc": BASE})
+    samples = tmp_path / "run" / f"samples_arc_{DATE}.jsonl"
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:kept]))
+    assert main(["compare", str(run), str(run)]) == 0
+    assert f"samples of only some documents, and averages are compared: arc ({kept} of 200)" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_sweep_is_for_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    told = refused(["compare", str(tmp_path), str(tmp_path)], capsys)
+    assert f"`spade-eval report {tmp_path} --output DIR`" in told
 
 
 def test_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ character each, keys of documents twelve.
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,13 @@ def write_baseline(run: Run, path: Path) -> None:
     """
     if path.exists() and (path.is_dir() or _MARK not in load_json(path)):
         raise UserError(f"{path} exists and is no baseline. Give another name.")
+    for name, task in run.tasks.items():
+        for metric, score in task.scores.items():
+            if not math.isfinite(score.value):
+                raise UserError(
+                    f"{name} {metric} is {score.value}: later runs cannot be checked against that. "
+                    "Leave the task out, or repair the model first."
+                )
     text = json.dumps(_to_json(run), indent=1, ensure_ascii=False)
     with replacing(path) as new:
         new.write_text(text + "\n", encoding="utf-8")
@@ -103,10 +111,9 @@ def _task_from_json(raw: dict[str, Any]) -> TaskScores:
         outcomes = None if score["outcomes"] is None else _unpack(score["outcomes"])
         if outcomes is not None and len(outcomes) != len(documents):
             raise ValueError(f"{len(outcomes)} outcomes of {metric}, {len(documents)} documents")
-        value = float(score["value"])
-        scores[metric] = Score.with_outcomes(
-            value, score["stderr"], score["higher_is_better"], outcomes
-        )
+        value, stderr = float(score["value"]), score["stderr"]
+        stderr = None if stderr is None else float(stderr)
+        scores[metric] = Score.with_outcomes(value, stderr, score["higher_is_better"], outcomes)
     return TaskScores(scores, raw["version"], raw["n_shot"], raw["n"], documents)
 
 

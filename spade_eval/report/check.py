@@ -19,7 +19,7 @@ from spade_eval.report.stats import Difference, aggregation_of, holm, paired, un
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-Conflict = Literal["versions", "limit", "fewshot", "missing"]
+Conflict = Literal["versions", "limit", "fewshot", "missing", "untested"]
 Verdict = Literal["same", "better", "worse", "within chance", "not tested"]
 
 _ROUNDING = 1e-9  # 0.50 - 0.49 is a little more than 0.01
@@ -53,7 +53,7 @@ class Compared:
         perplexities have no common scale. 0 if the direction is unknown.
         """
         a, b = self.difference.a, self.difference.b
-        if self.higher_is_better is None:
+        if self.higher_is_better is None or a == b:
             return 0.0
         return a - b if self.higher_is_better else (b - a) / abs(a) if a else math.inf
 
@@ -73,6 +73,19 @@ class Compared:
         if self.p >= alpha:
             return "within chance"
         return "worse" if self.loss > 0 else "better"
+
+    def unknown(self, tolerance: float, alpha: float) -> bool:
+        """Whether b may be worse by more than the tolerance, and nothing can tell by chance or not.
+
+        So it is where a has no value, or where the direction of a change is not known.
+        """
+        if self.group or self.verdict(tolerance, alpha) != "not tested":
+            return False
+        a, b = self.difference.a, self.difference.b
+        if not math.isfinite(a):
+            return not math.isfinite(b)
+        changed = a != b if self.higher_is_better is None else self.loss > tolerance + _ROUNDING
+        return changed
 
 
 @dataclass(frozen=True)
@@ -135,12 +148,16 @@ def compare(a: Run, b: Run) -> Comparison:
     return Comparison(a, b, tuple(rows), differing(a, b), conflicts, tuple(notes))
 
 
-def refuse(comparison: Comparison, allowed: Collection[str]) -> None:
-    """Refuse runs that were not made alike.
+def refuse(
+    comparison: Comparison, allowed: Collection[str], tolerance: float, alpha: float
+) -> None:
+    """Refuse runs that were not made alike, or that cannot be told apart.
 
     Args:
         comparison: The runs.
         allowed: Kinds of conflict that are let pass.
+        tolerance: Largest loss that is let pass.
+        alpha: Chance of a false alarm.
 
     Raises:
         UserError: Names every conflict, and how to let it pass; or nothing can be tested.
@@ -152,10 +169,22 @@ def refuse(comparison: Comparison, allowed: Collection[str]) -> None:
             f"The run and the baseline were not made alike. {told} Evaluate as the baseline was, "
             f"or write a new baseline; --allow {','.join(kinds)} compares them all the same."
         )
-    if all(math.isnan(row.p) and math.isfinite(row.difference.b) for row in comparison.rows):
+    if comparison.regressions(tolerance, alpha):
+        return
+    if all(math.isnan(row.p) for row in comparison.rows):
         raise UserError(
             "Nothing can be tested: the files hold neither samples of the same documents nor "
             "standard errors. Evaluate with --log_samples."
+        )
+    unknown = [row for row in comparison.rows if row.unknown(tolerance, alpha)]
+    if unknown and "untested" not in allowed:
+        told = "; ".join(
+            f"{row.task} {row.metric} was {row.difference.a:.6g} and is {row.difference.b:.6g}"
+            for row in unknown
+        )
+        raise UserError(
+            f"What has changed cannot be tested: {told}. Evaluate both runs with --log_samples; "
+            "--allow untested lets such changes pass."
         )
 
 
@@ -189,8 +218,11 @@ def _conflicts(a: Run, b: Run, name: str) -> list[tuple[Conflict, str]]:
         for key, values in differing(a, b).items():
             if key in keys:
                 found.append(("fewshot", f"{name}: {key} is {values[0]}, then {values[1]}."))
+    limits = tuple(run.settings.get("limit") for run in (a, b))
     if one.n != other.n:
         found.append(("limit", f"{name}: {one.n} documents, then {other.n}."))
+    elif one.n is None and limits[0] != limits[1]:
+        found.append(("limit", f"{name}: --limit {limits[0]}, then {limits[1]}."))
     elif one.documents and other.documents and set(one.documents) != set(other.documents):
         shared = len(set(one.documents) & set(other.documents))
         found.append(("limit", f"{name}: of {one.n} documents, {shared} are the same."))

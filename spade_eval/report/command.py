@@ -113,7 +113,8 @@ def check_main(argv: list[str]) -> int:
         "--allow",
         default="",
         help="compare although these differ, a list: versions (of tasks), limit (documents), "
-        "fewshot, missing (tasks or metrics of the baseline)",
+        "fewshot, missing (tasks or metrics of the baseline); or untested (changes of metrics that "
+        "have neither samples nor a standard error)",
     )
     args = p.parse_args(argv)
     if not 0 <= args.tolerance < math.inf:
@@ -125,16 +126,21 @@ def check_main(argv: list[str]) -> int:
     from spade_eval.report.check import Conflict, compare, refuse
     from spade_eval.report.summary import check_text
 
-    allowed = [kind for kind in args.allow.split(",") if kind]
+    allowed = [kind for part in args.allow.split(",") if (kind := part.strip())]
     for kind in allowed:
         require_known("--allow", kind, get_args(Conflict))
+    if args.baseline is not None and not args.baseline.expanduser().exists():
+        raise UserError(
+            f"There is no baseline {args.baseline}. Write it from a run that is as it should be: "
+            f"spade-eval check RUN --write-baseline {args.baseline}"
+        )
     run = _read(args.run)
     if args.write_baseline is not None:
         write_baseline(run, args.write_baseline)
         print(_written(run, args.write_baseline))
         return 0
     found = compare(_read(args.baseline), run)
-    refuse(found, allowed)
+    refuse(found, allowed, args.tolerance, args.alpha)
     print(check_text(found, args.tolerance, args.alpha))
     return int(bool(found.regressions(args.tolerance, args.alpha)))
 

@@ -30,6 +30,7 @@ _HASH = 12  # hex digits: two of 100,000 documents share one with a chance of 2e
 
 # What is the same in all runs of interest, differs in every run, or is read apart.
 _UNTOLD = {"spade", "model_args", "model_num_parameters", "batch_sizes", "bootstrap_iters"}
+_Sample = tuple[str, int, dict[str, object]]  # key, number of the document, outcomes by metric
 _TOP_LEVEL = (
     "lm_eval_version", "transformers_version", "chat_template_sha", "system_instruction_sha",
     "fewshot_as_multiturn", "max_length",
@@ -54,10 +55,12 @@ def find_results(path: Path) -> tuple[Path, int]:
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder. Give a results file of lm-eval.")
     dated = dated_results(path)
+    if not dated and (path / "sweep.json").is_file():
+        raise UserError(f"{path} is a sweep: `spade-eval report {path} --output DIR` reads it.")
     if not dated:
         raise UserError(
             f"The folder {path} holds no results of lm-eval (results_DATE.json). They are written "
-            "by `spade-eval run ... --output_path FOLDER`."
+            "by `spade-eval run ... --output_path FOLDER`. A baseline is given by its own name."
         )
     return dated[-1], len(dated)
 
@@ -84,7 +87,8 @@ def load_json(path: Path) -> dict[str, Any]:
         ) from err
     if not isinstance(raw, dict):
         raise UserError(
-            f"{path} holds a JSON {type(raw).__name__}; a results file holds an object."
+            f"{path} holds a JSON {type(raw).__name__}, not an object with names and values. Is it "
+            "the right file?"
         )
     return raw
 
@@ -109,19 +113,27 @@ def results_run(raw: dict[str, Any], path: Path) -> Run:
     parents = {name for name, tasks in _object(raw, "group_subtasks").items() if tasks}
     parents |= _object(raw, "groups").keys()
     found: dict[str, TaskScores] = {}
-    missing = []
+    missing, short = [], []
     for name, row in rows.items():
         file = None if name in parents else _samples_file(path, name)
         if file is None and name in _object(raw, "task_hashes"):
             missing.append(name)
         if (task := _task(raw, name, row, file)).scores:
             found[name] = task
+        if file is not None and task.n not in (None, len(task.documents)):
+            short.append(f"{name} ({len(task.documents)} of {task.n})")
     if not found.keys() - parents:
         raise UserError(
-            f"{path} holds no scores of a task (keys such as 'acc,none' with a number). Give the "
-            "results of an evaluation that has ended."
+            f"{path} holds no scores of a task, keys such as 'acc,none' with a number (found: "
+            f"{', '.join(list(next(iter(rows.values()), {}))[:5]) or 'nothing'}). Give the results "
+            "of an evaluation that has ended, by lm-eval 0.4 or later and without --predict_only."
         )
     notes = [f"The samples of {', '.join(missing)} are not beside {path}."] if missing else []
+    if short:
+        notes.append(
+            f"Beside {path} there are samples of only some documents, and averages are compared: "
+            f"{', '.join(short)}. Was a file cut off?"
+        )
     return Run(
         source=str(path),
         settings=_settings(raw),
@@ -224,29 +236,37 @@ def _samples(path: Path) -> tuple[tuple[str, ...], dict[str, Values]]:
     Raises:
         UserError: A line is not readable, or lacks what samples have.
     """
-    by_filter: dict[str, list[dict[str, Any]]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for n, line in enumerate(lines, 1):
-            try:
-                sample = json.loads(line)
-                sample["key"] = str(sample.get("doc_hash") or sample["doc_id"])[:_HASH]
-                by_filter.setdefault(sample.get("filter", "none"), []).append(sample)
-            except (ValueError, TypeError, KeyError, AttributeError) as err:
-                raise UserError(
-                    f"{path}, line {n} is no sample of lm-eval ({type(err).__name__}: {err}). Is "
-                    "the file cut off? Log the samples again."
-                ) from err
+    by_filter: dict[str, list[_Sample]] = {}
+    n = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                n += 1
+                name, sample = _sample(json.loads(line))
+                by_filter.setdefault(name, []).append(sample)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
+        raise UserError(
+            f"{path}, line {n} is no sample of lm-eval ({type(err).__name__}: {err}). Is the file "
+            "cut off? Log the samples again."
+        ) from err
     keys: tuple[str, ...] = ()
     outcomes = {}
     for name, samples in by_filter.items():
-        samples.sort(key=lambda sample: (sample["key"], sample.get("doc_id", 0)))
-        found = tuple(_numbered([sample["key"] for sample in samples]))
+        samples.sort(key=lambda sample: sample[:2])
+        found = tuple(_numbered([key for key, _, _ in samples]))
         keys = keys or found
-        for metric in samples[0].get("metrics", ()):
-            values = _numbers([sample.get(metric) for sample in samples])
+        for metric in samples[0][2]:
+            values = _numbers([metrics.get(metric) for _, _, metrics in samples])
             if values is not None and found == keys:
                 outcomes[f"{metric},{name}"] = values
     return keys, outcomes
+
+
+def _sample(raw: dict[str, Any]) -> tuple[str, _Sample]:
+    """The filter of a line of samples, and what the line says."""
+    key = str(raw.get("doc_hash") or raw["doc_id"])[:_HASH]
+    metrics = {str(metric): raw.get(metric) for metric in raw.get("metrics", ())}
+    return str(raw.get("filter", "none")), (key, int(raw.get("doc_id", 0)), metrics)
 
 
 def _numbered(keys: list[str]) -> Iterator[str]:

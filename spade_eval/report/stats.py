@@ -70,6 +70,9 @@ def paired(
         seed: Of the resamples.
     """
     n = len(a)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # no chance was given to something
+        with np.errstate(all="ignore"):
+            return Difference(float(aggregate(a)), float(aggregate(b)))
     low, high = _bootstrap(a, b, aggregate, seed)
     binary = a.ndim == 1 and np.isin(np.stack([a, b]), (0.0, 1.0)).all()
     p = _mcnemar(a, b) if binary else _permutation(_gain(a, b), seed)
@@ -80,7 +83,8 @@ def paired(
 def unpaired(a: float, b: float, stderr_a: float | None, stderr_b: float | None) -> Difference:
     """Compare two averages by their standard errors, as if their documents were independent.
 
-    For runs over the same documents that is cautious: a real difference may go unseen.
+    For runs over the same documents that is cautious: a real difference may go unseen. Where both
+    errors are 0, as of a few documents that are all right, they say nothing about a difference.
 
     Args:
         a: Value of run a.
@@ -91,9 +95,22 @@ def unpaired(a: float, b: float, stderr_a: float | None, stderr_b: float | None)
     if stderr_a is None or stderr_b is None or not math.isfinite(a) or not math.isfinite(b):
         return Difference(a, b)
     stderr = math.hypot(stderr_a, stderr_b)
+    if stderr == 0 and a != b:
+        return Difference(a, b)
     half = float(stats.norm.ppf((1 + _CONFIDENCE) / 2)) * stderr
-    p = float(2 * stats.norm.sf(abs(b - a) / stderr)) if stderr > 0 else float(a == b)
+    p = float(2 * stats.norm.sf(abs(b - a) / stderr)) if stderr > 0 else 1.0
     return Difference(a, b, b - a - half, b - a + half, p, "z")
+
+
+def least_p(found: Difference) -> float:
+    """The smallest p value that a paired test can have: all differences have one sign.
+
+    0 where averages were compared.
+    """
+    if found.n is None:
+        return 0.0
+    drawn = 2 / (_PERMUTATIONS + 1) if found.test == "permutation" else 0.0
+    return float(max(2.0 ** (1 - found.n), drawn))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -166,7 +183,7 @@ def _mcnemar(a: Values, b: Values) -> float:
 
 
 def _permutation(gain: Values, seed: int) -> float:
-    if not gain.any():
+    if len(gain) < 2 or not gain.any():
         return 1.0
     found = stats.permutation_test(
         (gain,),

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from spade_eval.report.extra import needs_report_extra
+from spade_eval.report.stats import least_p
 
 with needs_report_extra():
     from tabulate import tabulate
@@ -59,13 +60,15 @@ def _blind(found: Comparison, alpha: float) -> list[str]:
     few = {
         row.task: row.difference.n
         for row in found.rows
-        # The smallest p value of n pairs: all differences have one sign.
-        if row.difference.n is not None and 2.0 ** (1 - row.difference.n) * tests >= alpha
+        if not math.isnan(row.p) and least_p(row.difference) * tests >= alpha
     }
     if not few:
         return []
     told = ", ".join(f"{task} ({n})" for task, n in few.items())
-    return [f"note: too few documents to fail at alpha {alpha:g}, whatever they lose: {told}."]
+    return [
+        f"note: too few documents for {tests} test{'s'[: tests != 1]} to fail at alpha {alpha:g}, "
+        f"whatever they lose: {told}."
+    ]
 
 
 def _runs(found: Comparison, a: str, b: str) -> str:
@@ -145,7 +148,8 @@ def _told(row: Compared) -> str:
     a, b = row.difference.a, row.difference.b
     if not math.isfinite(b):
         return f"{_number(a)} before, now {b}"
-    amount = f"{abs(row.loss):.4g}" if row.higher_is_better else f"{row.loss:.1%}"
+    share = not row.higher_is_better and math.isfinite(row.loss)
+    amount = f"{row.loss:.1%}" if share else f"{abs(a - b):.4g}"
     return f"{_number(a)} -> {_number(b)}, {amount} worse (p {_p(row.p)})"
 
 
