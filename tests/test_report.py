@@ -22,7 +22,12 @@ from spade_eval.errors import UserError
 from spade_eval.report import build
 from spade_eval.report.compute import Curve, curves
 from spade_eval.report.cost_tables import equal_compute, speed
-from spade_eval.report.figures import exit_figures, layer_figure, sweep_figures
+from spade_eval.report.figures import (
+    exit_figures,
+    generalisation_figure,
+    layer_figure,
+    sweep_figures,
+)
 from spade_eval.report.formats import Table, latex, markdown, number
 from spade_eval.report.spaces import States, components, probe, read_states
 from spade_eval.report.sweeps import Sweep, by_model, read_sweep, short_adapters, slug
@@ -452,6 +457,16 @@ def test_equal_compute_interpolates_in_cost() -> None:
     assert math.isnan(curve([(math.nan, 0.4)], math.nan).at_ratios([1.0])[0])
 
 
+def test_a_choice_by_lot_averages_log_likelihoods() -> None:
+    """Half of the documents at a perplexity of 20 and half at 80 have one of 40."""
+    points = curve([(2.0, 80.0)], 20.0, lower=True)
+    for metric, expected in (
+        ("word_perplexity", 40.0), ("byte_perplexity", 40.0), ("bits_per_byte", 50.0), ("brier", 50.0),
+    ):  # fmt: skip
+        found = replace(points, metric=metric).at_ratios([1 / 0.75])
+        assert found == pytest.approx([expected]), metric
+
+
 def test_speed_at_no_loss_and_at_one_point(tmp_path: Path) -> None:
     rule = {"confidence": "entropy", "exit_scope": "context", "readout": "spade"}
     points = ((0.5, 1.05, 0.71), (1.0, 1.2, 0.70), (1.5, 1.4, 0.69), (2.0, 1.9, 0.60))
@@ -474,6 +489,9 @@ def test_speed_at_no_loss_and_at_one_point(tmp_path: Path) -> None:
     budgets = equal_compute(sweep).frame.set_index("decoder")
     assert budgets.loc["SPADE-EXIT", "1.20x"] == pytest.approx(0.70)
     assert math.isnan(budgets.loc["SPADE-EXIT", "2.00x"])
+    without = replace(sweep, cells=sweep.cells[sweep.cells["decoder"] != "full"])
+    for blind in (speed(without), speed(sweep, without)):
+        assert set(blind.frame["no loss, at"]) == {"unknown"}
 
 
 def test_settings_chosen_on_other_documents(tmp_path: Path) -> None:
@@ -550,8 +568,11 @@ def test_rules_of_other_candidates_are_not_one_curve(tmp_path: Path) -> None:
         split = about.pop("split", "test")
         cells = pd.DataFrame(rows, columns=COLUMNS)
         tasks = {"arc": {"split": split, "num_fewshot": about.pop("shots", 0)}}
-        settings = {"interval": 2, "min_layer": None, **about}
-        return sweep_folder(tmp_path / name, cells, tasks=tasks, settings=settings)
+        of = about.pop("adapter_fingerprint", "a")
+        settings = {"interval": 2, "min_layer": None, "model_args": "pretrained=m", **about}
+        return sweep_folder(
+            tmp_path / name, cells, tasks=tasks, settings=settings, adapter_fingerprint=of
+        )
 
     own = swept("own")
     for more in ({"interval": 4}, {"min_layer": 10}):
@@ -568,6 +589,13 @@ def test_rules_of_other_candidates_are_not_one_curve(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--chosen-on: .*rare.* interval 4 and 2"):
         build.make_report([own], tmp_path / "out", [rare])
     build.make_report([own], tmp_path / "out", [swept("good", split="validation", limit=9)])
+    for more, told in (
+        ({"adapter_fingerprint": "b"}, "adapter_fingerprint a and b"),
+        ({"model_args": "pretrained=m,dtype=bfloat16"}, "dtype auto and bfloat16"),
+        ({"model_args": "pretrained=m,revision=old"}, "revision main and old"),
+    ):
+        with pytest.raises(UserError, match=f"sweeps of tiny on arc with .*{told}"):
+            build.make_report([own, swept(f"as-{told[:3]}", **more)], tmp_path / "out")
 
 
 def test_each_adapter_is_compared_with_its_own_choosers(tmp_path: Path) -> None:
@@ -659,7 +687,7 @@ def test_generalisation(tmp_path: Path) -> None:
         frame = found[name].frame["arc"]
         assert frame.to_dict() == pytest.approx({"arc": arc, "boolq": arc + 0.01})
     upper = found["l_spade-upper"]
-    assert "layers 6 to 11" in upper.title
+    assert upper.title == "L-SPADE, mean over 3 layers, 6 to 10"
     assert upper.frame.loc["arc", "arc"] == pytest.approx(0.5 + 0.08)
     assert upper.frame.loc["boolq", "arc"] == pytest.approx(0.4 + 0.08)
     assert math.isnan(upper.frame.loc["boolq", "boolq"])
@@ -728,6 +756,12 @@ def test_leaderboard(tmp_path: Path) -> None:
     assert frame["gain"].iloc[0] == 1.2
     assert frame["run"].iloc[1] == "full model (tiny)"
     assert list(frame)[-2:] == ["exit layer", "gain"]
+    assert frame["documents"].tolist() == [str(len(BASE)), "500"]
+    assert frame["source"].tolist() == [run.source, sweep.source]
+    two = replace(run, tasks={**run.tasks, "few": replace(run.tasks["arc"], n=9)}, account={"mean_exit_layer": "deep"})  # fmt: skip
+    frame = leaderboard([two], []).frame
+    assert frame["documents"].tolist() == [f"9 to {len(BASE)}"]
+    assert "exit layer" not in frame
 
 
 def test_latex_and_markdown_escape() -> None:
@@ -777,6 +811,42 @@ def test_layer_figure_shows_what_there_is(tmp_path: Path) -> None:
     spade = next(line for line in axes[0].get_lines() if line.get_label() == "SPADE")
     table = plot.frame[(plot.frame["decoder"] == "spade") & (plot.frame["task"] == "arc")]
     assert spade.get_ydata().tolist() == table.sort_values("layer")["value"].tolist()
+
+
+@pytest.mark.parametrize(("curves", "bands"), [(5, 6), (6, 1)])
+def test_many_bands_are_not_laid_on_each_other(curves: int, bands: int, tmp_path: Path) -> None:
+    rows = [
+        cell("l_spade", "arc", 0.5, layer=layer, lens_data=f"set{n}")
+        for n in range(curves)
+        for layer in (4, 8)
+    ]
+    sweep = sweep_of(cell("full", "arc", 0.7, layer=12), *rows, folder=tmp_path)
+    (plot,) = layer_figure(sweep, perplexity=False)
+    ax = plot.figure.axes[0]
+    assert len(ax.collections) + len(ax.patches) == bands
+    assert ("the full model's alone" in plot.caption) == (bands == 1)
+
+
+def test_exits_stand_beside_the_error_of_the_full_model(tmp_path: Path) -> None:
+    """A difference of a few documents must not fill the panel."""
+    rule = {"confidence": "entropy", "exit_scope": "context", "token_layer_ratio": 0.9}
+    rows = [cell("spade_exit", "arc", v, threshold=t, **rule) for t, v in ((1, 0.7), (2, 0.702))]
+    sweep = sweep_of(cell("full", "arc", 0.7, layer=12), *rows, folder=tmp_path)
+    (plot,) = exit_figures(sweep)
+    low, high = plot.figure.axes[0].get_ylim()
+    assert low <= 0.68
+    assert high >= 0.72
+
+
+def test_each_test_set_has_its_own_colours(tmp_path: Path) -> None:
+    rows = [cell("full", task, 0.9, layer=12) for task in ("easy", "hard")]
+    for task, least in (("easy", 0.7), ("hard", 0.2)):
+        for n, data in enumerate(("a", "b")):
+            more = {"layer": 9, "lens_data": data}
+            rows.append(cell("l_spade", task, least + 0.15 * n, **more))
+    (plot,) = generalisation_figure(sweep_of(*rows, folder=tmp_path))
+    shown = plot.figure.axes[0].get_images()[0].get_array()
+    np.testing.assert_allclose(shown, [[0.0, 0.0], [1.0, 1.0]])
 
 
 def test_a_lens_that_says_nothing_does_not_flatten_the_others(tmp_path: Path) -> None:
@@ -901,7 +971,10 @@ def test_components_part_the_answers() -> None:
 def test_states_that_are_all_the_same(tmp_path: Path) -> None:
     found = clusters()
     found.states[0] = 1.0
-    assert np.isfinite(components(found)[["pc1", "pc2", "share"]]).to_numpy().all()
+    frame = components(found)
+    assert np.isfinite(frame[["pc1", "pc2", "share"]]).to_numpy().all()
+    assert set(frame["layer"]) == {1, 2, 3, 4, 5}  # a single dot is no picture
+    assert components(States(np.ones_like(found.states), found.labels)).empty
     path = tmp_path / "states_arc.safetensors"
     states = found.states.astype(np.float16)
     states[1, 0, 0] = np.inf
@@ -916,6 +989,14 @@ def test_states_that_are_all_the_same(tmp_path: Path) -> None:
         (
             {"states": np.zeros((3, 4, 2), np.float16), "labels": np.zeros(5, np.int64)},
             "do not fit",
+        ),
+        (
+            {"states": np.zeros((3, 4, 1), np.float16), "labels": np.zeros(4, np.int64)},
+            "do not fit",
+        ),
+        (
+            {"states": np.zeros((3, 4, 2), np.float16), "labels": np.zeros(4, np.float32)},
+            "of float32 do not fit",
         ),
         (None, "no readable `states` and `labels`"),
     ],
@@ -973,6 +1054,13 @@ def test_damaged_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ):
         sweep_folder(tmp_path / "s", cells)
         assert message in refused(argv, capsys)
+    table = (sweep_folder(tmp_path / "s") / "sweep.csv").read_bytes()
+    (tmp_path / "s" / "sweep.csv").write_bytes(table[:-4])
+    assert "ends in the middle of a line" in refused(argv, capsys)
+    sweep_folder(tmp_path / "s", states=True)
+    (tmp_path / "s" / "states_arc.safetensors").write_bytes(b"no tensors")
+    assert "no readable `states`" in refused(argv, capsys)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "s" / "sweep.csv").write_bytes(b"\x00\xff\xfe")
     assert "sweep.csv" in refused(argv, capsys)
     (tmp_path / "s" / "sweep.parquet").write_bytes(b"PAR1 and no more")

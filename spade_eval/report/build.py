@@ -14,7 +14,7 @@ from spade_eval.report.figures import sweep_figures
 from spade_eval.report.files import dated_results, replacing
 from spade_eval.report.formats import write_table
 from spade_eval.report.page import source_rows, write_page
-from spade_eval.report.spaces import space_figures
+from spade_eval.report.spaces import read_states, space_figures
 from spade_eval.report.styles import save, styled
 from spade_eval.report.sweeps import (
     DOCUMENTS,
@@ -63,8 +63,15 @@ def make_report(inputs: Sequence[Path], output: Path, chosen_on: Sequence[Path] 
     named = short_adapters([*sweeps, *others])
     sweeps, others = named[: len(sweeps)], named[len(sweeps) :]
     choosers = _choosers(others, sweeps, chosen_on) if chosen_on else {}
+    skipped += [
+        f"{other.source} has no sweep.json: whether it is of other documents cannot be seen."
+        for other in others
+        if not other.about
+    ]
     sources = source_rows(sweeps)
     sweeps, remarks = by_model(sweeps)
+    for path in (path for sweep in sweeps for path in sweep.states.values()):
+        read_states(path)  # a damaged file is told before anything is written
     tables: list[Table] = [leaderboard(runs, sweeps)]
     for sweep in sweeps:
         tables += sweep_tables(sweep, choosers.get(sweep.model))

@@ -3,7 +3,8 @@
 A curve is what one decoder reaches over its layers, or one exit rule over its thresholds. The cost
 of a point is 1 / gain, tails and checks counted; the full model is (1, its value).
 Choosing between two settings by lot, document by document, reaches every point on the straight line
-between them in (cost, value): so curves are interpolated in cost.
+between them in (cost, value), of perplexities in (cost, log value), as log-likelihoods are what is
+averaged over documents: so curves are interpolated in cost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spade_eval.report.sweeps import FULL, decoder_order, series_name
+from spade_eval.report.sweeps import EXPONENTIALS, FULL, decoder_order, series_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,8 +67,12 @@ class Curve:
             points[cost] = best(value, points.get(cost, value))
         if not points:
             return [math.nan] * len(ratios)
-        x, y = zip(*sorted(points.items()), strict=True)
-        return np.interp(1 / np.array(ratios), x, y, left=math.nan, right=math.nan).tolist()
+        x, y = (np.array(each) for each in zip(*sorted(points.items()), strict=True))
+        logs = self.metric in EXPONENTIALS and bool((y > 0).all())
+        found = np.interp(
+            1 / np.array(ratios), x, np.log(y) if logs else y, left=math.nan, right=math.nan
+        )
+        return (np.exp(found) if logs else found).tolist()
 
     def fastest(self, loss: float) -> pd.Series | None:
         """The cheapest point that loses at most `loss`; None if none does."""

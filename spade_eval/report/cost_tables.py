@@ -45,9 +45,10 @@ def equal_compute(sweep: Sweep) -> Table:
     return Table(
         slug("equal-compute", sweep.model),
         f"{sweep.model}: value at equal compute",
-        "Columns are token-layer gains (1.20x: the full model computes 1.2 times as much), tails "
-        "and checks counted. Between settings the line in cost, 1 / gain, is taken, which a "
-        "choice by lot reaches; empty out of a decoder's reach.",
+        "Columns are token-layer gains (1.20x: the full model computes 1.2 times as much; 1.00x is "
+        "the full model itself), tails and checks counted. Between settings the line in cost, "
+        "1 / gain, is taken, of perplexities that of their logarithms, which a choice by lot "
+        "reaches; empty out of a decoder's reach.",
         frame.dropna(axis="columns", how="all") if rows else frame,
     )
 
@@ -72,7 +73,8 @@ def speed(sweep: Sweep, chosen_on: Sweep | None = None) -> Table:
             at = None if chooser is None else chooser.fastest(loss)
             point = None if at is None else curve.at(at[setting])
             cells[label] = math.nan if point is None else point["gain"]
-            known = chooser is not None and (at is None or point is not None)
+            known = chooser is not None and math.isfinite(chooser.full)
+            known = known and (at is None or point is not None)
             place = "" if point is None else f"{setting} {point[setting]:g}"
             cells[f"{label}, at"] = place if known else _UNKNOWN
             if chosen_on is not None:

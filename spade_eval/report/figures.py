@@ -24,7 +24,7 @@ from spade_eval.report.tables import generalisation, series
 
 with needs_report_extra():
     import matplotlib as mpl
-    from matplotlib.colors import BoundaryNorm, Normalize
+    from matplotlib.colors import BoundaryNorm
     from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from spade_eval.report.compute import Curve
     from spade_eval.report.sweeps import Sweep
 
-_TICKS = 8  # thresholds named beside a colour bar
+_TICKS = 12  # thresholds named beside a colour bar
+_BANDS = 5  # curves with bands in a panel, at most: more would lie on each other as one slab
 _SPAN = 0.1  # of a heat map's colours, at least
 _HIGHEST = 10_000  # perplexities are shown up to so many times the full model's
 
@@ -79,7 +80,8 @@ def layer_figure(sweep: Sweep, perplexity: bool) -> Iterator[Plot]:
                 (handles[name],) = ax.plot(
                     points["layer"], points["value"], label=name, **styles[name]
                 )
-                _band(ax, points["layer"], points, styles[name]["color"])
+                if len(found) - (full in found) <= _BANDS:
+                    _band(ax, points["layer"], points, styles[name]["color"])
         if full in found:
             value, stderr = found[full][["value", "stderr"]].iloc[0]
             handles[full] = ax.axhline(value, color="black", linestyle=(0, (6, 3)), linewidth=1)
@@ -96,11 +98,18 @@ def layer_figure(sweep: Sweep, perplexity: bool) -> Iterator[Plot]:
                 ax.set_ylim(lowest / 2, _HIGHEST * value)
     legend_below(figure, handles)
     kind = "perplexity" if perplexity else "accuracy"
+    caption = "Dashed: the full model."
+    if rows["stderr"].notna().any():
+        most = max(len(found) - (full in found) for _, found in by_task)
+        crowded = f", the full model's alone where there are over {_BANDS} curves."
+        caption += " Bands are one standard error to both sides"
+        caption += "." if most <= _BANDS else crowded
+    if perplexity:
+        caption += f" The axis ends at {_HIGHEST:,} times the full model's."
     yield Plot(
         slug("layers", sweep.model, kind),
         f"{sweep.model}: {kind} by layer",
-        "Dashed: the full model. Bands are one standard error to both sides."
-        + (f" The axis ends at {_HIGHEST:,} times the full model's." if perplexity else ""),
+        caption,
         figure,
         rows[
             ["task", "adapter", "metric", "decoder", "lens_data", "layer", "value", "stderr", "n"]
@@ -165,10 +174,13 @@ def _exit_figure(sweep: Sweep, confidence: str, scope: str, rows: pd.DataFrame) 
             )
             ax.plot(at["gain"], at["value"], color="0.75", linewidth=0.7, zorder=0)
             handles[name] = Line2D([], [], color="0.4", linestyle="", marker=kinds[name])
-        if math.isfinite(curves_here[0].full):
+        full, stderr = curves_here[0].full, curves_here[0].full_stderr
+        if math.isfinite(full):
             handles[decoder_name(FULL)] = ax.axhline(
-                curves_here[0].full, color="black", linestyle=(0, (6, 3)), linewidth=1
+                full, color="black", linestyle=(0, (6, 3)), linewidth=1
             )
+            if math.isfinite(stderr):
+                ax.axhspan(full - stderr, full + stderr, color="black", alpha=0.08, linewidth=0)
         ax.axvline(1, color="0.6", linewidth=0.8)
         ax.set_title(plain(task_name(task, adapter)))
         ax.set_xlabel("token-layer gain")
@@ -179,7 +191,8 @@ def _exit_figure(sweep: Sweep, confidence: str, scope: str, rows: pd.DataFrame) 
         slug("exits", sweep.model, confidence, scope),
         f"{sweep.model}: accuracy against speed, {confidence}{scope and f' by {scope}'}",
         "Token-layers of the full model through those of the run, tails and checks counted; left "
-        "of the grey line a run computes more than the full model. Colour: threshold, by rank.",
+        "of the grey line a run computes more than the full model. Colour: threshold, by rank. "
+        "Band: one standard error of the full model to both sides.",
         figure,
         rows.drop(columns=["model", "layer", "seconds"]),
     )
@@ -212,19 +225,16 @@ def generalisation_figure(sweep: Sweep) -> Iterator[Plot]:
     if not matrices:
         return
     figure, axes = panels(len(matrices), columns=2, width=3.6, height=2.6)
-    scales = {}
-    for unit in {matrix.unit for matrix in matrices}:
-        frames = [matrix.frame for matrix in matrices if matrix.unit == unit]
-        values = np.concatenate([frame.to_numpy(dtype=float).ravel() for frame in frames])
-        low, high = np.nanmin(values), np.nanmax(values)
-        # A span of its own would make a difference of a thousandth look like a gulf.
-        scales[unit] = Normalize(low, max(high, low + _SPAN))
     for ax, matrix in zip(axes, matrices, strict=True):
         values = matrix.frame.to_numpy(dtype=float)
-        image = ax.imshow(values, cmap=MAP, norm=scales[matrix.unit], aspect="auto")
+        # Test sets are compared with nothing: a column has its own lightest and darkest. A narrower
+        # span would make a difference of a thousandth look like a gulf.
+        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+        shares = (values - low) / np.maximum(high - low, _SPAN)
+        ax.imshow(np.ma.masked_invalid(shares), cmap=MAP, vmin=0, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             # Dark numbers on the light half of the map.
-            dark = not math.isfinite(value) or image.norm(value) > 0.5
+            dark = not math.isfinite(value) or shares[i, j] > 0.5
             text = f"{value:.3f}" if math.isfinite(value) else "–"  # noqa: RUF001
             ax.text(
                 j, i, text, ha="center", va="center", color="black" if dark else "white", fontsize=7
@@ -249,8 +259,8 @@ def generalisation_figure(sweep: Sweep) -> Iterator[Plot]:
     yield Plot(
         slug("generalisation", sweep.model),
         f"{sweep.model}: generalisation of lenses",
-        "Rows: training set of the lens; columns: test set. Main metric of each task. "
-        + " ".join(dict.fromkeys(matrix.note for matrix in matrices)),
+        "Rows: training set of the lens; columns: test set, each with its own span of colours. "
+        "Main metric of each task. " + " ".join(dict.fromkeys(matrix.note for matrix in matrices)),
         figure,
         pd.concat(long, ignore_index=True),
     )

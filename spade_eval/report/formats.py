@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_PAGE = 40  # rows that fit one in LaTeX
+
+
 @dataclass(frozen=True)
 class Table:
     """One table.
@@ -55,7 +58,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """The table in LaTeX, for the package booktabs."""
+    """The table in LaTeX, for the packages booktabs and, where it is long, longtable."""
     shown = readable(table.frame)
     align = "".join("r" if numeric(table.frame, column) else "l" for column in shown)
     text = shown.to_latex(
@@ -65,6 +68,7 @@ def latex(table: Table) -> str:
         label=f"tab:{table.name}",
         column_format=align,
         position="tbp",
+        longtable=len(shown) > _PAGE,
     )
     return str(text).replace("±", r"$\pm$")
 

@@ -67,10 +67,11 @@ def read_states(path: Path) -> States:
             f"{path} holds no readable `states` and `labels` ({type(err).__name__}: {err}). "
             "Run the sweep again, or move the file away."
         ) from err
-    if states.ndim != 3 or labels.shape != states.shape[1:2]:
+    fit = states.ndim == 3 and len(states) > 1 and states.shape[2] > 1
+    if not fit or labels.shape != states.shape[1:2] or labels.dtype.kind != "i":
         raise UserError(
-            f"{path}: states {states.shape} and labels {labels.shape} do not fit; (L+1, N, d) and "
-            "(N,) do. Run the sweep again, or move the file away."
+            f"{path}: states {states.shape} and labels {labels.shape} of {labels.dtype} do not "
+            "fit; (L+1, N, d) and (N,) of integers do. Run the sweep again, or move the file away."
         )
     # A state beyond float16's range was stored as infinity.
     return States(np.nan_to_num(states.astype(np.float32), posinf=65504, neginf=-65504), labels)
@@ -80,26 +81,30 @@ def space_figures(sweep: Sweep) -> Iterator[Plot]:
     """Components and probes of every task that the sweep kept states of (figure 2)."""
     for task, path in sweep.states.items():
         found = read_states(path)
-        if len(found.labels) >= 2:
-            yield _component_figure(sweep.model, task, components(found))
+        if len(found.labels) >= 2 and not (shown := components(found)).empty:
+            yield _component_figure(sweep.model, task, shown)
         if not (probed := probe(found)).empty:
             yield _probe_figure(sweep.model, task, probed)
 
 
 def components(found: States) -> pd.DataFrame:
-    """The first two principal components of the states, at layers spread from 0 to L.
+    """The first two principal components of the states, at layers spread over those that vary.
 
     Returns:
-        Columns layer, answer, pc1, pc2, and share, the part of the variance in both.
+        Columns layer, answer, pc1, pc2, and share, the part of the variance in both; empty if the
+        states of no layer vary.
     """
-    n_layers = len(found.states) - 1
+    # Layer 0 may hold one and the same token throughout.
+    varied = [layer for layer, states in enumerate(found.states) if np.ptp(states, axis=0).any()]
+    if not varied:
+        return pd.DataFrame()
     parts = []
-    for layer in np.unique(np.linspace(0, n_layers, _SHOWN).round().astype(int)):
+    for i in np.unique(np.linspace(0, len(varied) - 1, _SHOWN).round().astype(int)):
+        layer = varied[i]
         states = found.states[layer]
         pca = PCA(2, svd_solver="full")
-        with np.errstate(invalid="ignore"):  # layer 0 may hold one and the same token throughout
-            at = pca.fit_transform(states)
-        share = float(np.nan_to_num(pca.explained_variance_ratio_).sum())
+        at = pca.fit_transform(states)
+        share = float(pca.explained_variance_ratio_.sum())
         # The sign of a component is arbitrary: its largest loading is made positive.
         at *= np.sign(pca.components_[range(2), abs(pca.components_).argmax(1)])
         parts.append(
@@ -173,7 +178,7 @@ def _component_figure(model: str, task: str, frame: pd.DataFrame) -> Plot:
     return Plot(
         slug("components", model, task),
         f"{model}: hidden states of {plain(task)}, first two principal components",
-        "Last context position; marks are the right answers.",
+        "Last context position; marks are the right answers, A for the first choice.",
         figure,
         frame,
     )

@@ -37,7 +37,8 @@ _KNOWN = {
     "lens_exit": "lens exit",
     "spade_exit": "SPADE-EXIT",
 }
-PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+EXPONENTIALS = ("perplexity", "word_perplexity", "byte_perplexity")  # of a mean over documents
+PERPLEXITIES = (*EXPONENTIALS, "bits_per_byte")
 _MAIN = ("acc", "acc_norm", "exact_match", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -99,6 +100,12 @@ class Sweep:
             "positions": _entry(self.about, "sweep"),
         }
         made = {name: str(found[name]) for name, found in told.items() if name in found}
+        if "adapter_fingerprint" in self.about:
+            made["adapter_fingerprint"] = str(self.about["adapter_fingerprint"])
+        if isinstance(arguments := settings.get("model_args"), str):
+            given = dict(part.partition("=")[::2] for part in arguments.split(","))
+            made["dtype"] = given.get("dtype", "auto")
+            made["revision"] = given.get("revision", "main")
         if is_exit(self.cells[self.cells["task"] == task]).any() and "interval" in settings:
             least = settings.get("min_layer")
             made["interval"] = str(settings["interval"])
@@ -143,6 +150,8 @@ def read_sweep(folder: Path) -> list[Sweep]:
         )
     if raw.empty:
         raise UserError(f"{path} has no rows. Run the sweep again.")
+    if path.suffix == ".csv" and not path.read_bytes().endswith(b"\n"):
+        raise UserError(f"{path} ends in the middle of a line. Is it cut off? Run the sweep again.")
     cells = pd.DataFrame({name: raw[name].astype("object").fillna("").map(str) for name in _TEXT})
     for name in _NUMBERS:
         try:

@@ -24,7 +24,7 @@ from spade_eval.report.sweeps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from spade_eval.report.runs import Run
     from spade_eval.report.sweeps import Sweep
@@ -150,7 +150,8 @@ def _matrices(sweep: Sweep) -> Iterator[Matrix]:
     half, at = math.ceil(sweep.n_layers / 2), round(sweep.n_layers * 3 / 4)
     groups = trained.groupby(["decoder", "kind"])
     for (decoder, kind), rows in sorted(groups, key=lambda group: decoder_order(group[0][0])):
-        shown = decoder_name(decoder) + (f" by {decoder_name(kind)}" if kind else "")
+        kind_shown = kind or ("l_spade" if decoder == "lens_exit" else "")
+        shown = decoder_name(decoder) + (f" by {decoder_name(kind_shown)}" if kind_shown else "")
         if is_exit(rows).any():
             note = "Means over the exit rules and thresholds that all training sets have."
             for what, label in (("value", "accuracy"), ("gain", "token-layer gain")):
@@ -160,8 +161,10 @@ def _matrices(sweep: Sweep) -> Iterator[Matrix]:
             continue
         upper = rows[rows["layer"].between(half, sweep.n_layers - 1)]
         layer = min(rows["layer"], key=lambda found: (abs(found - at), found))
+        among = sorted(set(upper["layer"].astype(int)))
+        span = f"{len(among)} layers, {among[0]} to {among[-1]}" if among else "no layer"
         for name, part, title in (
-            ("upper", upper, f"{shown}, mean over layers {half} to {sweep.n_layers - 1}"),
+            ("upper", upper, f"{shown}, mean over {span}"),
             ("layer", rows[rows["layer"] == layer], f"{shown}, layer {layer:.0f}"),
         ):
             note = "Layers that all training sets have; none was chosen by its result."
@@ -210,8 +213,9 @@ def first_layers(sweep: Sweep) -> Table:
     return Table(
         slug("first-layer", sweep.model),
         f"{sweep.model}: first layer that reaches the full model",
-        f"Within one standard error of the full model, {sweep.n_layers} layers. An early layer may "
-        "get there by luck: from the layer under 'from then on' all swept layers do.",
+        f"Within one standard error of the full model, {sweep.n_layers} layers; no worse than it "
+        "where there is no standard error, as of perplexities. An early layer may get there by "
+        "luck: from the layer under 'from then on' all swept layers do.",
         pd.DataFrame(rows),
     )
 
@@ -220,32 +224,49 @@ def leaderboard(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Table:
     """Runs of lm-eval, and the full models of the sweeps, by task."""
     rows = []
     for run in runs:
-        cells: dict[str, Any] = {"run": run.name}
+        counts = {task.n for task in run.tasks.values() if task.n is not None}
+        cells: dict[str, Any] = {"run": run.name, "documents": _span(counts), "source": run.source}
         for scored in (run.tasks, run.groups):
             for task, found in scored.items():
                 for metric, score in found.scores.items():
                     cells[f"{task} {metric}"] = score.value
                     cells[f"± {task} {metric}"] = score.stderr
-        cells["exit layer"] = run.account.get("mean_exit_layer")
-        cells["gain"] = run.account.get("implied_speedup")
+        cells["exit layer"] = _number(run.account.get("mean_exit_layer"))
+        cells["gain"] = _number(run.account.get("implied_speedup"))
         rows.append(cells)
     for sweep in sweeps:
         full = sweep.cells[sweep.cells["decoder"] == FULL]
         for adapter, part in full.groupby("adapter"):
-            cells = {"run": f"{decoder_name(FULL)} ({task_name(sweep.model, adapter)})"}
+            cells = {
+                "run": f"{decoder_name(FULL)} ({task_name(sweep.model, adapter)})",
+                "documents": _span(set(part["n"].dropna())),
+                "source": sweep.source,
+            }
             for row in part.itertuples():
                 cells[f"{row.task} {row.metric}"] = row.value
                 cells[f"± {row.task} {row.metric}"] = row.stderr
             rows.append(cells)
     frame = pd.DataFrame(rows)
     last = [name for name in ("exit layer", "gain") if name in frame]
-    numbers = [name for name in frame if name != "run"]
+    numbers = [name for name in frame if name not in ("run", "documents", "source")]
     frame[numbers] = frame[numbers].astype("float64")
     frame = frame[[name for name in frame if name not in last] + last]
     return Table(
         "leaderboard",
         "Leaderboard",
         "Numbers of different tasks, versions or limits do not compare; `spade-eval compare` tells "
-        "two runs apart. gain: the account's implied speed-up by token-layers.",
+        "two runs apart. documents: of a task, fewest and most. gain: the account's implied "
+        "speed-up by token-layers, over all tasks of a run.",
         frame.dropna(axis="columns", how="all"),
     )
+
+
+def _span(counts: Collection[float]) -> str:
+    """Numbers as text, the smallest and the largest."""
+    ends = (min(counts), max(counts)) if counts else ()
+    return " to ".join(dict.fromkeys(f"{n:.0f}" for n in ends))
+
+
+def _number(value: object) -> float:
+    """The number, if it is one."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
