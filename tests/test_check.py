@@ -19,7 +19,7 @@ from spade_eval.errors import UserError
 from spade_eval.report.baseline import read_run, write_baseline
 from spade_eval.report.check import Comparison, compare, refuse
 from spade_eval.report.runs import Run, Score, TaskScores
-from spade_eval.report.summary import check_text
+from spade_eval.report.summary import check_text, comparison_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -355,6 +355,18 @@ def test_where_lower_is_better_zero_stays_zero() -> None:
     assert of(0.0).rows[0].verdict(0.01, 0.05) == "same"
     assert of(0.5).regressions(0.01, 0.05)
     assert "0.0000 -> 0.5000, 0.5 worse" in check_text(of(0.5), 0.01, 0.05)
+
+
+def test_settings_of_one_run_alone_share_a_line() -> None:
+    def of(**settings: Any) -> Run:
+        return Run("here.json", settings, {"arc": scored(BASE)})
+
+    found = compare(of(model="hf", seed=1), of(model="spade_exit", seed=1, layer=3, lens="x"))
+    text = comparison_text(found)
+    assert "differs: model hf -> spade_exit" in text
+    assert "only b: layer=3, lens=x" in text
+    assert "only a" not in text
+    assert "seed" not in text
 
 
 def test_a_limit_is_seen_where_documents_were_not_counted() -> None:

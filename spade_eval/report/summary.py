@@ -80,7 +80,18 @@ def _runs(found: Comparison, a: str, b: str) -> str:
         if computed := _computed(run.account):
             lines.append(f"{'':<{width}} {computed}")
     for key, values in found.settings.items():
-        lines.append(f"differs: {key} {_short(values[0])} -> {_short(values[1])}")
+        if None not in values:
+            lines.append(f"differs: {key} {_short(values[0])} -> {_short(values[1])}")
+    for label, side in ((a, 0), (b, 1)):
+        # Models of other classes have settings of their own, twenty of them.
+        own = [
+            (key, values[side])
+            for key, values in found.settings.items()
+            if values[1 - side] is None
+        ]
+        if own:
+            told = ", ".join(f"{key}={_short(value)}" for key, value in own)
+            lines.append(f"only {label}: {told}")
     lines += [f"differs: {text}" for texts in found.conflicts.values() for text in texts]
     return "\n".join(lines)
 
