@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spade_eval.decisions import answered_by_checks, decide
-from spade_eval.forests import roots
 from spade_eval.tally import Tally
 
 if TYPE_CHECKING:
@@ -266,16 +265,18 @@ class Account:
 
 
 def owners(batch: Batch) -> Ints:
-    """A request for each token of the rows, (B, T): one whose context the token's tree begins with.
+    """A request for each token of the rows, (B, T): the first one that is read behind the token.
 
+    What requests of several tasks have in common, such as a system prompt, is the first one's.
     Padding has none, -1.
     """
-    width = batch.ids.shape[1]
-    b, t = np.divmod(batch.scored[batch.read_at], width)
-    root = np.zeros_like(batch.ids) if batch.ends is None else roots(batch.ends)
-    of_root = np.full(batch.ids.shape, -1, dtype=np.int64)
-    of_root[b[::-1], root[b, t][::-1]] = batch.requests[::-1]  # the first one wins
-    return np.take_along_axis(of_root, root, 1)
+    at = batch.scored[batch.read_at]
+    order = np.argsort(at, kind="stable")
+    # A token's descendants stand right behind it, and the last of a branch is read.
+    first = np.searchsorted(at[order], np.arange(batch.ids.size)).reshape(batch.ids.shape)
+    found = np.full(batch.ids.shape, -1, dtype=np.int64)
+    found[batch.real] = batch.requests[order][first[batch.real]]
+    return found
 
 
 def _measured(who: Decisions, checked: Ints, counted: NDArray[np.bool_]) -> tuple[Ints, Ints]:

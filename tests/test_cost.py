@@ -16,14 +16,14 @@ from zoo import BYTES, byte_tokenizer, tiny
 
 from spade_eval.backbone import Backbone
 from spade_eval.batching import collate
-from spade_eval.cost import Account
+from spade_eval.cost import Account, owners
 from spade_eval.decisions import decide
 from spade_eval.exits import ExitRule
 from spade_eval.lens import LinearLens
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.lenses import prices
 from spade_eval.lm.requests import source_of
-from spade_eval.scoring import Layout, Request, plan
+from spade_eval.scoring import Layout, Request, Row, plan
 from spade_eval.tally import Prices, Source, Tally
 
 SCOPES = ["context", "token", "request"]
@@ -139,6 +139,17 @@ def test_positions_that_requests_share_are_charged_once_for_checks_and_not_again
         assert {task: t.head_token_layers for task, t in total.tallies.items()} == {
             task: n * 0.5 for task, n in heads.items()
         }
+
+
+def test_each_token_is_charged_to_the_first_that_reads_behind_it() -> None:
+    """Requests of two tasks begin alike: only what they share is the first one's."""
+    asked = [Request((1, 2, 3, 4), (5, 6)), Request((1, 2, 7, 8, 9), (5, 6)), Request((1, 2), (3,))]
+    (row,) = plan(asked, Layout(64, packed=True, crossover=1e9, batch_size=9)).rows
+    batch = collate([row, Row()])
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 7, 8, 9, 5], [0] * 9]
+    assert owners(batch).tolist() == [[2, 2, 0, 0, 0, 1, 1, 1, 1], [-1] * 9]
+    dense = plan(asked, Layout(64)).rows
+    assert [owners(collate([row]))[0].tolist() for row in dense] == [[1] * 6, [0] * 5, [2] * 2]
 
 
 @pytest.mark.parametrize(
