@@ -293,6 +293,7 @@ def test_a_log_of_pages_names_their_documents(tmp_path: Path) -> None:
         ({"threshold": 1, "positions": "kep"}, r"positions='kep' is not known"),
         ({"threshold": 1, "confidence": "choice_entropy", "exit_scope": "token"}, r"choice_entropy asks which choice.*exit_scope=\s?token"),
         ({"threshold": 1, "lens": None}, r"spade_exit needs lens=FOLDER.*spade-eval fit"),
+        ({"threshold": 1, "lens": ""}, "lens= is empty. Give the folder or hub id of a lens"),
         ({"threshold": 1, "lens": "/no/such/lens"}, r"/no/such/lens"),
         ({"threshold": 1, "treshold": 2}, r"'treshold' is not an argument. Did you mean 'threshold'"),
         ({"treshold": 2}, r"threshold is missing"),

@@ -40,6 +40,8 @@ def load(
         return lens
     if lens == "identity":
         return None
+    if lens == "":
+        raise UserError("lens= is empty. Give the folder or hub id of a lens, or 'identity'.")
     if lens is None:
         if not default_model or model == "tuned_lens":
             raise UserError(
