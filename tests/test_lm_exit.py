@@ -72,6 +72,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---------------------------------------------------------------- answers
 
 
+@pytest.mark.parametrize(("confidence", "never_met"), [("entropy", 0.0), ("max_prob", 1.0)])
+def test_where_nothing_exits_a_threshold_is_proposed(
+    confidence: Any, never_met: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At that threshold about a tenth of the contexts exit at the last candidate."""
+    asked = instances(task_pairs())
+    lm = exit_lm(threshold=never_met, confidence=confidence, interval=3, min_layer=3)
+    lm.loglikelihood(asked)
+    told = capsys.readouterr().err
+    contexts = lm.account.total.exits.total()
+    assert f"0 of {contexts} decisions exited. At the last candidate, layer 3, the median" in told
+    proposed = float(told.split("threshold=")[-1].split()[0])
+    lm = exit_lm(threshold=proposed, confidence=confidence, interval=3, min_layer=3)
+    lm.loglikelihood(asked)
+    assert "decisions exited" not in capsys.readouterr().err
+    assert 1 <= lm.account.total.exits[3] <= 0.3 * contexts
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("scope", ["context", "token", "request"])
 @pytest.mark.parametrize("cls", [SpadeExitLM, LensExitLM])

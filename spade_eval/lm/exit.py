@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from spade_eval.calibration import NAME, WORD, Calibration
+from spade_eval.confidence import CONFIDENCES
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
 from spade_eval.errors import UserError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from spade_eval.answers import Answers
     from spade_eval.batching import Batch, Ints
     from spade_eval.confidence import Name
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from spade_eval.tally import Prices
 
 
+RARE = 0.01  # of decisions: with fewer exits the threshold is hardly what was meant
 DEFAULTS: dict[str, Any] = {
     "interval": 2, "min_layer": None, "confidence": "entropy", "exit_scope": "context",
     "positions": "reset",
@@ -122,6 +126,7 @@ class SpadeExitLM(SpadeLM):
         self._rule = self.rule
         self._choices: dict[int, list[int]] = {}
         self._log = None if log_path is None else ExitLog(log_path, self.rank)
+        self._stayed: list[NDArray[np.float32]] = []  # confidences of what did not exit
 
     def _check_config(self, n_layers: int) -> None:
         lenses.require_depth(self._loaded, n_layers, self._lens_name, self._model_source)
@@ -207,8 +212,28 @@ class SpadeExitLM(SpadeLM):
         tails = self.decoder.tails(self.backbone, batch.scored_positions)
         account.add(batch, self._source, self.prices, trace.passed, layers, tails, starts)
         account.add_exits(batch, self._source, self.prices, who, trace.exit_layers, trace.checked)
-        if self._log is not None and account is self.account:
+        if account is not self.account:
+            return
+        self._stayed.append(trace.confidence[trace.exit_layers == self.backbone.n_layers])
+        if self._log is not None:
             self._log.scored(batch, trace, layers, self._named)
+
+    def _summary(self) -> str:
+        """As in `SpadeLM`; where next to nothing exits, a threshold at which some would."""
+        exits = self.account.total.exits
+        n = exits.total()
+        left = n - exits[self.backbone.n_layers]
+        values = np.concatenate([*self._stayed, np.zeros(0, dtype=np.float32)])
+        values = values[np.isfinite(values)]
+        if left > n * RARE or not len(values):
+            return super()._summary()
+        tenth = np.quantile(values, 0.1 if CONFIDENCES[self.rule.confidence].low else 0.9)
+        return (
+            f"{super()._summary()}\n{left} of {n} decisions exited. At the last candidate, layer "
+            f"{self.candidates[-1]}, the median of {self.rule.confidence} is "
+            f"{np.median(values):.3g}: threshold={tenth:.3g} would let about a tenth exit there. "
+            "`spade-eval sweep` tells what each threshold costs."
+        )
 
     def _full_depth(self, batch: Batch, dtype: torch.dtype) -> Trace:
         """What a threshold that nothing can meet comes to."""
