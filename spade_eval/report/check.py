@@ -84,8 +84,7 @@ class Compared:
         a, b = self.difference.a, self.difference.b
         if not math.isfinite(a):
             return not math.isfinite(b)
-        changed = a != b if self.higher_is_better is None else self.loss > tolerance + _ROUNDING
-        return changed
+        return a != b if self.higher_is_better is None else self.loss > tolerance + _ROUNDING
 
 
 @dataclass(frozen=True)

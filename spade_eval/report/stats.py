@@ -70,7 +70,7 @@ def paired(
         seed: Of the resamples.
     """
     n = len(a)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # no chance was given to something
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a probability of 0
         with np.errstate(all="ignore"):
             return Difference(float(aggregate(a)), float(aggregate(b)))
     low, high = _bootstrap(a, b, aggregate, seed)
