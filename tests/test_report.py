@@ -758,6 +758,8 @@ def test_leaderboard(tmp_path: Path) -> None:
     assert list(frame)[-2:] == ["exit layer", "gain"]
     assert frame["documents"].tolist() == [str(len(BASE)), "500"]
     assert frame["source"].tolist() == [run.source, sweep.source]
+    several = replace(sweep, source="a, b, c")
+    assert leaderboard([], [several]).frame["source"].tolist() == ["a and 2 more"]
     two = replace(run, tasks={**run.tasks, "few": replace(run.tasks["arc"], n=9)}, account={"mean_exit_layer": "deep"})  # fmt: skip
     frame = leaderboard([two], []).frame
     assert frame["documents"].tolist() == [f"9 to {len(BASE)}"]

@@ -236,11 +236,12 @@ def leaderboard(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Table:
         rows.append(cells)
     for sweep in sweeps:
         full = sweep.cells[sweep.cells["decoder"] == FULL]
+        source, *more = sweep.source.split(", ")
         for adapter, part in full.groupby("adapter"):
             cells = {
                 "run": f"{decoder_name(FULL)} ({task_name(sweep.model, adapter)})",
                 "documents": _span(set(part["n"].dropna())),
-                "source": sweep.source,
+                "source": source + (f" and {len(more)} more" if more else ""),
             }
             for row in part.itertuples():
                 cells[f"{row.task} {row.metric}"] = row.value
