@@ -849,6 +849,9 @@ def test_each_test_set_has_its_own_colours(tmp_path: Path) -> None:
     (plot,) = generalisation_figure(sweep_of(*rows, folder=tmp_path))
     shown = plot.figure.axes[0].get_images()[0].get_array()
     np.testing.assert_allclose(shown, [[0.0, 0.0], [1.0, 1.0]])
+    one = [row for row in rows if row["lens_data"] != "b"]
+    assert list(generalisation(sweep_of(*one, folder=tmp_path / "one")))
+    assert not list(generalisation_figure(sweep_of(*one, folder=tmp_path / "two")))
 
 
 def test_a_lens_that_says_nothing_does_not_flatten_the_others(tmp_path: Path) -> None:

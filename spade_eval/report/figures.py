@@ -220,8 +220,11 @@ def _colour_bar(figure: Any, axes: list[Axes], points: Any, thresholds: Any, nam
 
 
 def generalisation_figure(sweep: Sweep) -> Iterator[Plot]:
-    """Training set against test set, a panel per decoder (figures 6, 10 and 11)."""
-    matrices = [matrix for matrix in generalisation(sweep) if not matrix.frame.empty]
+    """Training set against test set, a panel per decoder (figures 6, 10 and 11).
+
+    Of a single training set there is nothing to compare, and its numbers stand in the table.
+    """
+    matrices = [matrix for matrix in generalisation(sweep) if len(matrix.frame) > 1]
     if not matrices:
         return
     figure, axes = panels(len(matrices), columns=2, width=3.6, height=2.6)
