@@ -175,10 +175,10 @@ def _task(raw: dict[str, Any], name: str, row: dict[str, Any], samples: Path | N
     scores = {}
     for key, value in row.items():
         metric, comma, filtered = key.partition(",")
-        value = _number(value)
+        value = number_or_none(value)
         if not comma or metric.endswith("_stderr") or value is None:
             continue
-        stderr = _number(row.get(f"{metric}_stderr,{filtered}"))
+        stderr = number_or_none(row.get(f"{metric}_stderr,{filtered}"))
         scores[metric if filtered == "none" else key] = Score.with_outcomes(
             value,
             None if stderr is None or math.isnan(stderr) else stderr,
@@ -195,7 +195,7 @@ def _task(raw: dict[str, Any], name: str, row: dict[str, Any], samples: Path | N
     )
 
 
-def _number(value: object) -> float | None:
+def number_or_none(value: object) -> float | None:
     """The number, if it is one; lm-eval writes "N/A" for a standard error that it has not."""
     return float(value) if isinstance(value, (int, float)) else None
 

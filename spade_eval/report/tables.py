@@ -11,6 +11,7 @@ import pandas as pd
 
 from spade_eval.report.compute import curves
 from spade_eval.report.cost_tables import equal_compute, speed
+from spade_eval.report.files import number_or_none
 from spade_eval.report.formats import Table
 from spade_eval.report.sweeps import (
     FULL,
@@ -231,8 +232,8 @@ def leaderboard(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Table:
                 for metric, score in found.scores.items():
                     cells[f"{task} {metric}"] = score.value
                     cells[f"± {task} {metric}"] = score.stderr
-        cells["exit layer"] = _number(run.account.get("mean_exit_layer"))
-        cells["gain"] = _number(run.account.get("implied_speedup"))
+        cells["exit layer"] = number_or_none(run.account.get("mean_exit_layer"))
+        cells["gain"] = number_or_none(run.account.get("implied_speedup"))
         rows.append(cells)
     for sweep in sweeps:
         full = sweep.cells[sweep.cells["decoder"] == FULL]
@@ -266,8 +267,3 @@ def _span(counts: Collection[float]) -> str:
     """Numbers as text, the smallest and the largest."""
     ends = (min(counts), max(counts)) if counts else ()
     return " to ".join(dict.fromkeys(f"{n:.0f}" for n in ends))
-
-
-def _number(value: object) -> float:
-    """The number, if it is one."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
