@@ -33,7 +33,7 @@ from spade_eval.lens_config import LensConfig
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
 from spade_eval.report.spaces import read_states
-from spade_eval.sweep import table
+from spade_eval.sweep import contexts, table
 from spade_eval.sweep.collected import Call, Collected
 from spade_eval.sweep.command import layers, named, summary
 from spade_eval.sweep.compute import configure, require_scored
@@ -338,6 +338,7 @@ def test_the_kept_states_are_the_models_where_contexts_end(tmp_path: Path) -> No
     task = load_tasks([TASKS[0]], tasks_path())[TASKS[0]]
     docs = list(task.eval_docs)[:3]
     assert kept.labels.tolist() == [task.doc_to_target(doc) for doc in docs]
+    assert kept.answers() == [task.doc_to_choice(doc)[task.doc_to_target(doc)] for doc in docs]
     assert kept.states.shape == (LAYERS + 1, 3, 32)
     network = model("llama")
     for n, doc in enumerate(docs):
@@ -349,6 +350,24 @@ def test_the_kept_states_are_the_models_where_contexts_end(tmp_path: Path) -> No
             torch.testing.assert_close(ours[layer], own[layer][0, -1], atol=2e-3, rtol=2e-3)
         normed = network.model.norm(ours[LAYERS])  # transformers gives the last one normalised
         torch.testing.assert_close(normed, own[LAYERS][0, -1], atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("answers", "shown"),
+    [
+        ([(1, "yes"), (0, "no"), (1, "yes")], ["yes", "no", "yes"]),
+        ([(1, "an ox"), (0, "a fox"), (1, "an eel")], ["B", "A", "B"]),
+        ([(1, "what the passage says of it"), (0, "no"), (0, "no")], ["B", "A", "A"]),
+        ([(1, ""), (0, "no"), (0, "no")], ["B", "A", "A"]),
+    ],
+)
+def test_answers_are_named_where_all_documents_call_them_so(
+    answers: list[tuple[int, str]], shown: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "states_task.safetensors"
+    states = {n: np.zeros((2, 4), np.float16) for n in range(3)}
+    contexts.write(path, states, dict(enumerate(answers)))
+    assert read_states(path).answers() == shown
 
 
 def test_a_split_takes_its_documents(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ The states are those of the last context position, where a one-token answer is r
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from spade_eval.errors import UserError
 from spade_eval.report.extra import needs_report_extra
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _SHOWN = 6  # layers in the figure of components
 _FOLDS = 5
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LONGEST_NAME = 16  # characters of an answer in a legend
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,19 @@ class States:
     Attributes:
         states: h^0 .. h^L at the last context position, (L+1, N, d).
         labels: Number of the right answer, (N,).
+        names: What each number answers; empty where this differs between documents.
     """
 
     states: NDArray[np.float32]
     labels: NDArray[np.int64]
+    names: dict[int, str] = field(default_factory=dict)
+
+    def answers(self) -> list[str]:
+        """The right answer of each document for a legend: its name, else a letter, A for 0."""
+        labels = self.labels.tolist()
+        if all(0 < len(self.names.get(label, "")) <= _LONGEST_NAME for label in labels):
+            return [self.names[label] for label in labels]
+        return [_LETTERS[n] if 0 <= n < len(_LETTERS) else str(n) for n in labels]
 
 
 def read_states(path: Path) -> States:
@@ -60,9 +70,11 @@ def read_states(path: Path) -> States:
         UserError: The file is damaged, or its tensors do not fit together.
     """
     try:
-        found = load_file(path)
-        states, labels = found["states"], found["labels"]
-    except (SafetensorError, OSError, KeyError) as err:
+        with safe_open(path, "np") as file:
+            states, labels = file.get_tensor("states"), file.get_tensor("labels")
+            stored = json.loads((file.metadata() or {}).get("answers", "{}"))
+            names = {int(number): str(name) for number, name in stored.items()}
+    except (SafetensorError, OSError, ValueError, AttributeError) as err:
         raise UserError(
             f"{path} holds no readable `states` and `labels` ({type(err).__name__}: {err}). "
             "Run the sweep again, or move the file away."
@@ -74,7 +86,8 @@ def read_states(path: Path) -> States:
             "fit; (L+1, N, d) and (N,) of integers do. Run the sweep again, or move the file away."
         )
     # A state beyond float16's range was stored as infinity.
-    return States(np.nan_to_num(states.astype(np.float32), posinf=65504, neginf=-65504), labels)
+    finite = np.nan_to_num(states.astype(np.float32), posinf=65504, neginf=-65504)
+    return States(finite, labels, names)
 
 
 def space_figures(sweep: Sweep) -> Iterator[Plot]:
@@ -111,7 +124,7 @@ def components(found: States) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "layer": layer,
-                    "answer": _answers(found.labels),
+                    "answer": found.answers(),
                     "pc1": at[:, 0],
                     "pc2": at[:, 1],
                     "share": share,
@@ -151,12 +164,6 @@ def probe(found: States, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _answers(labels: NDArray[np.int64]) -> list[str]:
-    return [
-        _LETTERS[label] if 0 <= label < len(_LETTERS) else str(label) for label in labels.tolist()
-    ]
-
-
 def _component_figure(model: str, task: str, frame: pd.DataFrame) -> Plot:
     layers = sorted(frame["layer"].unique())
     styles = curve_styles({answer: answer for answer in sorted(frame["answer"].unique())})
@@ -178,7 +185,8 @@ def _component_figure(model: str, task: str, frame: pd.DataFrame) -> Plot:
     return Plot(
         slug("components", model, task),
         f"{model}: hidden states of {plain(task)}, first two principal components",
-        "Last context position; marks are the right answers, A for the first choice.",
+        "Last context position; marks are the right answers"
+        + (", A for the first choice." if set(frame["answer"]) <= set(_LETTERS) else "."),
         figure,
         frame,
     )

@@ -5,6 +5,7 @@ One row per document of a multiple-choice task, at every layer, with the number 
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,26 +46,36 @@ def by_document(
     return found
 
 
-def right_answers(task: Any, instances: Iterable[Any]) -> dict[int, int]:
-    """The number of each document's right answer; documents with several have none."""
-    found: dict[int, int] = {}
+def right_answers(task: Any, instances: Iterable[Any]) -> dict[int, tuple[int, str]]:
+    """Number and text of each document's right answer; documents with several have none."""
+    found: dict[int, tuple[int, str]] = {}
     for number, doc in {instance.doc_id: instance.doc for instance in instances}.items():
-        target = task.doc_to_target(doc)
+        target, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
         if isinstance(target, str):
-            choices = task.doc_to_choice(doc)
             target = choices.index(target) if target in choices else None
-        if isinstance(target, int):
-            found[number] = int(target)
+        if isinstance(target, int) and 0 <= target < len(choices):
+            found[number] = int(target), str(choices[target]).strip()
     return found
 
 
 def write(
-    path: Path, states: Mapping[int, NDArray[np.float16]], answers: Mapping[int, int]
+    path: Path, states: Mapping[int, NDArray[np.float16]], answers: Mapping[int, tuple[int, str]]
 ) -> None:
-    """Write `states` (L+1, N, d), fp16, and `labels` (N,), in the order of the documents."""
+    """Write `states` (L+1, N, d), fp16, and `labels` (N,), in the order of the documents.
+
+    The labels' names are the answers' texts, if each number has one and the same in all documents;
+    they stand in the file's metadata under `answers`, as JSON.
+    """
     documents = sorted(states.keys() & answers.keys())
     if not documents:
         return
-    labels = np.array([answers[d] for d in documents], dtype=np.int64)
-    save_file({"states": np.stack([states[d] for d in documents], axis=1), "labels": labels}, path)
+    right = [answers[d] for d in documents]
+    labels = np.array([number for number, _ in right], dtype=np.int64)
+    names = dict(right)
+    named = len(set(right)) == len(names)
+    save_file(
+        {"states": np.stack([states[d] for d in documents], axis=1), "labels": labels},
+        path,
+        {"answers": json.dumps(names)} if named else None,
+    )
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps files to their owner

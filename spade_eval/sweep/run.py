@@ -173,12 +173,14 @@ def _replay(
     return rows
 
 
-def _states(lm: SweepLM, task: Any, collected: Collected) -> tuple[dict[int, Any], dict[int, int]]:
+def _states(
+    lm: SweepLM, task: Any, collected: Collected
+) -> tuple[dict[int, Any], dict[int, tuple[int, str]]]:
     """Of all processes: each document's states, and its right answer."""
     instances = (i for call in collected.calls for i in call.instances)
     own = collected.states or {}, contexts.right_answers(task, instances)
     states: dict[int, Any] = {}
-    answers: dict[int, int] = {}
+    answers: dict[int, tuple[int, str]] = {}
     for some, right in lm.gather_object(own) or []:
         states |= some
         answers |= right
