@@ -133,7 +133,7 @@ validation documents was kept.
 ## Accuracy on validation documents
 
 With its standard error. The documents chose the step, so the accuracy after is a little too good:
-evaluate on the test split.
+evaluate on other documents.
 
 {table(["task", "before", "after", "documents"], accuracies(record))}
 

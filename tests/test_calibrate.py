@@ -238,6 +238,13 @@ def test_documents_that_an_adapter_has_seen(
     assert "chose the step" not in caplog.text
     require_unseen(lm, tasks(), Split("validation"), tasks_path())
     assert f"7 validation documents, of {TASK} among others, chose the step" in caplog.text
+    made["settings"] = {"validation_split": "validation[:2]"}
+    (tmp_path / adapter_files.RECORD).write_text(json.dumps(made))
+    caplog.clear()
+    require_unseen(lm, tasks(), Split("validation", 2), tasks_path())
+    assert "chose the step" not in caplog.text
+    require_unseen(lm, tasks(), Split("validation", 1), tasks_path())
+    assert "chose the step" in caplog.text
     same = tasks()
     same[TASK].config.validation_split = same[TASK].config.training_split
     with pytest.raises(UserError, match=f"train documents of {TASK} trained the adapter"):

@@ -467,6 +467,25 @@ def test_accuracy_is_that_of_lm_eval(whole: Path, saved: Path, tasks: Path) -> N
     assert [question.task for question in some] == ["letters", "words"] * 2 + ["letters"]
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "rows"),
+    [
+        ("letters", "validation", slice(None)),
+        ("letters", "validation[2:4]", slice(2, 4)),
+        ("unvalidated", "test", slice(None)),
+    ],
+)
+def test_validation_documents_are_those_of_their_split(
+    name: str, split: str, rows: slice, saved: Path, tasks: Path
+) -> None:
+    task = documents.load_tasks([name], tasks)[name]
+    lm = fresh(saved)
+    asked = questions.validation(lm, {name: task}, split, seed=0, most=50)
+    held = list(task.dataset[split.partition("[")[0]])[rows]
+    right = [(*c, *a) for row in held for c, a in documents.right_answer(lm, task, row)]
+    assert sorted(question.answer for question in asked) == sorted(right)
+
+
 # ---------------------------------------------------------------- the adapter in use
 
 
@@ -641,6 +660,9 @@ def test_the_command(
         (["--minutes", "0"], "minutes=0.0: give a number above 0"),
         (["--dropout", "1"], "dropout=1.0: give a number from 0 to below 1"),
         (["--validation_documents", "1"], "validation_documents=1: give a whole number from 2 up"),
+        (["--validation_split", "validation[4:4]"], "has no rows"),
+        (["--validation_split", "validation[900:]"], "task letters has 6 of them"),
+        (["--validation_split", "test"], "task letters has no test split; it has: train, "),
         (["--batch_size", "5"], "batch_size=5 is no multiple of micro_batch_size=2 times 1"),
         (["--resume"], "There is nothing to resume"),
         (["--epoch", "3"], "Did you mean '--epochs'? `spade-eval finetune --help`"),

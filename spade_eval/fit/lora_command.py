@@ -48,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
         ("--seed", int, d.seed, "of order and first weights"),
     ):
         p.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
+    p.add_argument(
+        "--validation_split",
+        default=d.validation_split,
+        help="split they come from, or a part of its rows as validation[:500] (default: "
+        "%(default)s; a tenth of the training documents where a task has none)",
+    )
     p.add_argument("--max_steps", type=int, help="at most")
     p.add_argument(
         "--minutes", type=float, help="of training, at most; the learning rate then stays constant"

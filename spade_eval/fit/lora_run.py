@@ -92,7 +92,13 @@ def _finetune(
         )
     settings.micro_batches(processes.num_processes)
     tasks = documents.load_tasks(settings.tasks, include_path)
-    asked = questions.validation(lm, tasks, seed=settings.seed, most=settings.validation_documents)
+    asked = questions.validation(
+        lm,
+        tasks,
+        settings.validation_split,
+        seed=settings.seed,
+        most=settings.validation_documents,
+    )
     training = _training(lm, tasks, settings.seed, asked)
     bf16 = settings.precision == "bfloat16" or (
         settings.precision == "auto" and bf16_is_fast(lm.device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from spade_eval import adapter_files, lens_files
 from spade_eval.errors import UserError
 from spade_eval.fit import work
+from spade_eval.splits import Split
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +32,8 @@ class LoraSettings:
         max_steps: Steps, at most.
         minutes: Of training, at most.
         validation_documents: Documents that decide which adapter is kept, at most.
+        validation_split: Whose these are, see `spade_eval.splits.Split`; a task that has no
+            validation split gives a tenth of its training documents.
         precision: Of matrix products; "auto" takes bfloat16 where it is faster.
         seed: Of the documents' order, of what is held out, and of the first weights.
 
@@ -50,6 +53,7 @@ class LoraSettings:
     max_steps: int | None = None
     minutes: float | None = None
     validation_documents: int = 200
+    validation_split: str = "validation"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
 
@@ -64,6 +68,7 @@ class LoraSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name}={value}: give a number above 0.")
+        Split.parse(self.validation_split)
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout}: give a number from 0 to below 1.")
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from spade_eval.errors import UserError
 from spade_eval.fit import documents, rows
+from spade_eval.splits import Split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,25 +51,31 @@ class Accuracy:
     n: int
 
 
-def validation(lm: SpadeLM, tasks: dict[str, Any], *, seed: int, most: int) -> list[Question]:
-    """Questions of the tasks' validation splits, from each task in turn.
+def validation(
+    lm: SpadeLM, tasks: dict[str, Any], split: str = "validation", *, seed: int, most: int
+) -> list[Question]:
+    """Questions to choose an adapter by, from each task in turn.
 
     Args:
         lm: The model that will read them.
         tasks: By name, see `documents.load_tasks`.
+        split: Whose rows are asked, see `spade_eval.splits.Split`. Of training rows, and of these
+            where a task has no validation split at all, it is a tenth.
         seed: Decides about the order.
         most: Number of questions, over all tasks.
 
     Raises:
-        UserError: A task that cannot be trained on, or not be scored by accuracy.
+        UserError: A task that cannot be trained on, or not be scored by accuracy, or lacks the
+            split.
     """
     streams = []
     for name, task in tasks.items():
         _check(name, task)
-        split, share = ("validation", 1.0) if task.has_validation_docs() else ("train", HELD_OUT)
-        found = rows.rows_of(name, task, split)
+        part = split if split != "validation" or task.has_validation_docs() else "train"
+        found = rows.rows_of(name, task, part)
         order = rows.shuffled(name, len(found), seed)
-        order = order[: max(1, int(len(order) * share))]
+        if Split.parse(part).name == "train":
+            order = order[: max(1, int(len(order) * HELD_OUT))]
         streams.append(rows.usable(name, found, order, partial(_question, lm, name, task)))
     return [question for _, question in documents.take(streams, most)]
 

@@ -119,7 +119,8 @@ def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_
                 f"the {whose} documents of {', '.join(shared)} trained {what}: a guarantee needs "
                 "documents that it has not seen. Give another --split."
             )
-    if shared := Documents(learned, Split("validation")).among(tasks, split, include_path):
+    chosen = Split.parse(made.get("settings", {}).get("validation_split", "validation"))
+    if shared := Documents(learned, chosen).among(tasks, split, include_path):
         log.warning(
             "%s validation documents, of %s among others, chose the step of the adapter %s: on "
             "them it is a little too good.",
