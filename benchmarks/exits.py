@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spade_eval.cli import tasks_path
 from spade_eval.cost import Account
 from spade_eval.default_model import default_model_path
+from spade_eval.lenses import DEFAULT_LENS
 from spade_eval.lm.exit import SpadeExitLM
 from spade_eval.lm.layer import SpadeLayerLM
-from spade_eval.lm.lenses import DEFAULT_LENS
 
 NEVER, ALL = -1.0, 1e9
 SPEED = {  # name: (arguments, bar by task)

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 from spade_eval.causal_lm import SpadeExitForCausalLM
 from spade_eval.cli import tasks_path
 from spade_eval.default_model import default_model_path
-from spade_eval.lm.lenses import DEFAULT_LENS
+from spade_eval.lenses import DEFAULT_LENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spade_eval.default_model import default_model_path
 from spade_eval.fit.documents import load_tasks
+from spade_eval.lenses import DEFAULT_LENS
 from spade_eval.lm.exit import SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, LSpadeLM, SpadeLayerLM
-from spade_eval.lm.lenses import DEFAULT_LENS
 from spade_eval.memory import peak_memory
 from spade_eval.sweep.grid import Ask, thresholds
 from spade_eval.sweep.lm import SweepLM

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from spade_eval import lenses
 from spade_eval.backbone import Backbone
 from spade_eval.decoders import Decoder, Linear, Positions, Spade
 from spade_eval.default_model import default_model_path
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule, Readout
 from spade_eval.generation import Generated, check, generate
-from spade_eval.lm import lenses
 from spade_eval.policy import Policy
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class SpadeExitForCausalLM:
         self.model = model
         self.backbone = Backbone(model)
         check(self.backbone)
-        fitted = lenses.fit_to(loaded, self.backbone, lens, force_lens)
+        fitted = lenses.fit_to(loaded, self.backbone, lenses.called(lens), force_lens)
         decoder: Decoder = Linear(fitted) if readout == "lens" else spade
         self.policy = Policy.exits(self.backbone.n_layers, decoder, rule, fitted)
         self.last_run: Generated | None = None

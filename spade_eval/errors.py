@@ -1,13 +1,13 @@
-"""The error for bad input, and the hint that names what the user probably meant."""
+"""The error for bad input, and what its messages say: what was meant, and what differs."""
 
 from __future__ import annotations
 
 import difflib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class UserError(ValueError):
@@ -59,3 +59,9 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     by_folded = {candidate.casefold(): candidate for candidate in valid}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f" Did you mean {by_folded[near[0]]!r}?" if near else ""
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, for a message; empty if nothing does."""
+    names = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    return "; ".join(f"{n} was {was.get(n)!r}, is {now.get(n)!r}" for n in names)

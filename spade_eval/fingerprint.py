@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
+from torch import Tensor
 
 from spade_eval.errors import UnsupportedModelError
 from spade_eval.hollow import find_layers, unwrap_peft
@@ -22,11 +23,12 @@ from spade_eval.hollow import find_layers, unwrap_peft
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
 VALUES = 65_536  # read of each tensor: a head of 10^8 numbers is hashed in milliseconds
 LAYER_VALUES = 4_096  # of the layers, which have hundreds of tensors: a fine-tuning changes most
+RUN_VALUES = 256  # of all weights, adapters too, before every run
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -183,10 +185,37 @@ def digest(tensors: Iterable[tuple[str, Tensor]], values: int = VALUES) -> str:
     """
     halves = [hashlib.sha256() for _ in _HALVES]
     for name, tensor in tensors:
-        flat = tensor.detach().flatten()
-        # An odd step shares no factor of two with the widths of models: it reaches all columns.
-        some = flat[:: -(-len(flat) // values) | 1].cpu()
+        some = _spread(tensor, values).cpu()
         for half, dtype in zip(halves, _HALVES, strict=True):
             half.update(f"{name}{tuple(tensor.shape)}".encode())
             half.update(some.to(dtype).view(torch.int16).numpy().tobytes())
     return "-".join(half.hexdigest()[:16] for half in halves)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash a few numbers of every weight and buffer as they are, adapters and their scaling too.
+
+    Says whether two runs are of one model, loaded in one way; `fingerprint` and the like say
+    whether two models are of one checkpoint.
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and not tensor.is_meta:  # not offloaded to disk
+            found.update(name.encode())
+            found.update(_spread(tensor, RUN_VALUES).double().cpu().numpy().tobytes())
+    found.update((adapter_scaling(model) or "").encode())
+    return found.hexdigest()[:16]
+
+
+def config_digest(config: Any) -> str:
+    """Hash a model's config, without where it was loaded from."""
+    entries = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    text = json.dumps(entries, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _spread(tensor: Tensor, values: int) -> Tensor:
+    """At most so many values of a tensor, evenly spaced, in one dimension."""
+    flat = tensor.detach().flatten()
+    # An odd step shares no factor of two with the widths of models: it reaches all columns.
+    return flat[:: -(-len(flat) // values) | 1]

@@ -8,8 +8,9 @@ items of BoolQ with Qwen2.5-Coder-0.5B, whose feed-forward layers are wide, 66 s
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 _KEPT = 2**30
@@ -27,12 +28,16 @@ def keep_freed_blocks() -> None:
 
 def peak_memory() -> dict[str, int]:
     """`peak_memory_mb` of this process and, if it used any, `peak_gpu_memory_mb` of one GPU."""
-    import torch  # takes seconds to load, and commands import this module first
+    if sys.platform == "win32":
+        import psutil  # accelerate brings it
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    found = {
-        "peak_memory_mb": int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
-    }
+        peak = psutil.Process().memory_info().peak_wset
+    else:
+        import resource  # which Windows does not have
+
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = {"peak_memory_mb": peak // 2**20}
     if torch.cuda.is_initialized():
         gpus = range(torch.cuda.device_count())
         found["peak_gpu_memory_mb"] = max(map(torch.cuda.max_memory_allocated, gpus)) // 2**20

@@ -249,7 +249,11 @@ def test_documents_that_an_adapter_has_seen(
     same[TASK].config.validation_split = same[TASK].config.training_split
     with pytest.raises(UserError, match=f"train documents of {TASK} trained the adapter"):
         require_unseen(lm, same, Split("validation"), tasks_path())
+    caplog.clear()
     (tmp_path / adapter_files.RECORD).write_text("[]")  # not ours
+    lm.maps["text"] = ("text", lens("l_spade", 1))  # no tasks are named
+    require_unseen(lm, tasks(), Split("validation"), tasks_path())
+    assert f"the lens text and the adapter {tmp_path} is not known" in caplog.text
     require_unseen(lm, tasks(), Split("train"), tasks_path())
 
 

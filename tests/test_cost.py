@@ -20,8 +20,8 @@ from spade_eval.cost import Account, owners
 from spade_eval.decisions import decide
 from spade_eval.exits import ExitRule
 from spade_eval.lens import LinearLens
+from spade_eval.lenses import prices
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
-from spade_eval.lm.lenses import prices
 from spade_eval.lm.requests import source_of
 from spade_eval.scoring import Layout, Request, Row, plan
 from spade_eval.tally import Prices, Source, Tally

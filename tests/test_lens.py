@@ -38,6 +38,7 @@ from spade_eval.fingerprint import (
     head_rows,
     layers_fingerprint,
     same,
+    weights_digest,
 )
 from spade_eval.lens import LensConfig, LinearLens, low_rank
 from spade_eval.lens_match import check, owner
@@ -622,6 +623,15 @@ def test_a_change_of_one_column_of_a_large_head_is_noticed() -> None:
             model.lm_head.weight.copy_(weight)[:, column] += 0.5
         seen += not same(before, fingerprint(model))
     assert seen == D
+
+
+@pytest.mark.parametrize("column", [0, 1, D - 1])
+def test_runs_tell_models_apart_that_differ_in_one_column(column: int) -> None:
+    model = copy.deepcopy(tiny("llama", vocab_size=1_024))
+    before = weights_digest(model)
+    with torch.no_grad():
+        model.lm_head.weight[:, column] += 0.5
+    assert weights_digest(model) != before
 
 
 def test_the_shape_counts() -> None:

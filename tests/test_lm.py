@@ -141,6 +141,13 @@ def test_rolling_is_that_of_hflm(family: str) -> None:
     torch.testing.assert_close(ours, [float(x) for x in theirs], atol=ATOL * 3, rtol=0)
 
 
+def test_token_ids_from_elsewhere_are_not_booked_on_the_last_task() -> None:
+    lm = build(SpadeLayerLM, layer=2)
+    lm.loglikelihood(instances([("Q: the cat", " runs")]))
+    lm._loglikelihood_tokens([(None, [3, 4], [5])])
+    assert set(lm.account.tallies) == {"task", "unknown"}
+
+
 @pytest.mark.parametrize("cls", [SpadeLayerLM, LogitLensLM])
 def test_layer_changes_the_scores_of_multi_token_answers(cls: type) -> None:
     """LayerSkip's adapter scored multiple choice with the full model whatever the exit layer."""

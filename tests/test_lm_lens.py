@@ -15,12 +15,14 @@ from test_lm import MAX_LENGTH, build, close, instances, model, task_pairs
 from test_lm_errors import answer
 from zoo import BYTES, byte_tokenizer, tiny
 
+from spade_eval import lenses
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
-from spade_eval.lm import lenses
+from spade_eval.lm.exit import SpadeExitLM
 from spade_eval.lm.layer import LinearLensLM, LogitLensLM, LSpadeLM, SpadeLayerLM, TunedLensLM
+from spade_eval.sweep.lm import SweepLM
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -296,11 +298,20 @@ def test_a_damaged_lens_is_one_sentence(tmp_path: Path) -> None:
         build(LSpadeLM, lens=folder, layer=2)
 
 
-def test_a_lens_of_the_callers_own_stays_as_it_is() -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda own: (LSpadeLM, {"lens": own, "layer": 2}),
+        lambda own: (SpadeExitLM, {"lens": own, "threshold": 1.0}),
+        lambda own: (SweepLM, {"maps": [("own", own)]}),
+    ],
+)
+def test_a_lens_of_the_callers_own_stays_as_it_is(use: Any) -> None:
     own = lens_for()
     before = {name: value.clone() for name, value in own.state_dict().items()}
     network = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
-    LSpadeLM(pretrained=network, lens=own, layer=2, tokenizer=byte_tokenizer(), force_lens=True)
+    cls, arguments = use(own)
+    cls(pretrained=network, tokenizer=byte_tokenizer(), force_lens=True, **arguments)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in own.parameters())
     torch.testing.assert_close(dict(own.state_dict()), before, rtol=0, atol=0)
 

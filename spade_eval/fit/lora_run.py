@@ -21,12 +21,11 @@ from transformers import set_seed
 
 from spade_eval import __version__, adapter_files, adapters
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import fingerprint
+from spade_eval.fingerprint import fingerprint, weights_digest
 from spade_eval.fit import documents, examples, lora, questions, states, work
 from spade_eval.fit.lora_settings import check_output
 from spade_eval.fit.precision import bf16_is_fast
 from spade_eval.fit.questions import Accuracy
-from spade_eval.lm.cache import weights_digest
 from spade_eval.machine import machine
 from spade_eval.memory import peak_memory
 from spade_eval.scoring import Request

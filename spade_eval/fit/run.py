@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from spade_eval import __version__, scoring
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import adapter_fingerprint, fingerprint
+from spade_eval.fingerprint import adapter_fingerprint, fingerprint, weights_digest
 from spade_eval.fit import documents, states, work
 from spade_eval.fit.descent import Descent, Recipe
 from spade_eval.fit.maps import Pairs, measure
@@ -28,7 +28,6 @@ from spade_eval.fit.settings import check_output, layer_list
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
 from spade_eval.lens_match import owner
-from spade_eval.lm.cache import weights_digest
 from spade_eval.machine import machine
 from spade_eval.memory import peak_memory
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from spade_eval.errors import UserError
-from spade_eval.lm.cache import differences
+from spade_eval.errors import UserError, differences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.generation import check
 from spade_eval.lm import generation
-from spade_eval.lm.cache import Partial, fingerprint, guard
+from spade_eval.lm.cache import Partial, configuration, guard
 from spade_eval.lm.loading import LoadedLM
 from spade_eval.lm.memory import fitting, largest_batch_size
 from spade_eval.lm.pages import token_windows
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_UNKNOWN = Source([], np.zeros(0, dtype=bool))  # where requests come from, outside lm-eval's calls
+
 
 class SpadeLM(LoadedLM):
     """A decoder-only Hugging Face model, scored through a decoder; made as `LoadedLM` is."""
@@ -57,8 +59,8 @@ class SpadeLM(LoadedLM):
             )
         self.account = Account()
         self.prices = self._prices(checks.head_operations(self.backbone) / self.backbone.operations)
-        self._source = Source([], np.zeros(0, dtype=bool))
-        self._instances: Sequence[Any] = []
+        self._source = _UNKNOWN
+        self._instances: Sequence[Any] = ()
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -146,7 +148,6 @@ class SpadeLM(LoadedLM):
             )  # fmt: skip
         if len(self._source.tasks) != len(requests):  # called with token ids, not by lm-eval
             self._source = Source(["unknown"] * len(requests), np.ones(len(requests), dtype=bool))
-            self._instances = []
         self._prepare(requests)
         sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
         bar = tqdm(
@@ -265,6 +266,7 @@ class SpadeLM(LoadedLM):
         finally:
             self.account = total
             self.account.merge(parts or [])
+            self._source, self._instances = _UNKNOWN, ()
             if self.rank == 0:
                 # lm-eval shows no INFO of loggers other than its own.
                 print(self._summary(), file=sys.stderr)
@@ -284,7 +286,7 @@ class SpadeLM(LoadedLM):
         """As in lm-eval, but refuse a cache of another configuration's answers."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
-            guard(cache_hook.dbdict, fingerprint(self, self._settings()))
+            guard(cache_hook.dbdict, configuration(self, self._settings()))
 
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's entries and one of ours, `spade`, for the `config` of the results."""

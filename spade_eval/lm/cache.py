@@ -5,29 +5,24 @@ Without it, a run at another layer, threshold or model would be answered from th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from spade_eval import __version__
-from spade_eval.errors import UserError
-from spade_eval.fingerprint import adapter_fingerprint, adapter_scaling
+from spade_eval.errors import UserError, differences
+from spade_eval.fingerprint import adapter_fingerprint, config_digest, weights_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping, Sequence
-
-    from torch import nn
+    from collections.abc import MutableMapping, Sequence
 
     from spade_eval.lm.requests import TokenRequest
 
 KEY = "spade_eval:fingerprint"
 
 
-def guard(responses: MutableMapping[str, Any], fingerprint: dict[str, object]) -> None:
+def guard(responses: MutableMapping[str, Any], configuration: dict[str, object]) -> None:
     """Claim an empty response cache, or make sure that it is ours.
 
     Raises:
@@ -39,13 +34,13 @@ def guard(responses: MutableMapping[str, Any], fingerprint: dict[str, object]) -
             "This --use_cache file holds answers of an unknown model: spade_eval did not begin it. "
             "Give another --use_cache path."
         )
-    if seen is not None and seen != fingerprint:
+    if seen is not None and seen != configuration:
         raise UserError(
             "This --use_cache file holds answers of another configuration "
-            f"({differences(seen, fingerprint)}). "
+            f"({differences(seen, configuration)}). "
             "Give another --use_cache path, one per configuration."
         )
-    responses[KEY] = fingerprint
+    responses[KEY] = configuration
 
 
 class Partial:
@@ -79,13 +74,7 @@ class Partial:
                 self.hook.add_partial("loglikelihood", text, value)
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two settings, for a message; empty if nothing does."""
-    names = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
-    return "; ".join(f"{n} was {was.get(n)!r}, is {now.get(n)!r}" for n in names)
-
-
-def fingerprint(lm: Any, settings: dict[str, object]) -> dict[str, object]:
+def configuration(lm: Any, settings: dict[str, object]) -> dict[str, object]:
     """Everything that an answer of an HFLM object depends on.
 
     Args:
@@ -111,27 +100,3 @@ def fingerprint(lm: Any, settings: dict[str, object]) -> dict[str, object]:
         "think_end_token": lm.think_end_token,
         "generation_config": config_digest(lm.model.generation_config),
     }
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A hash of 64 numbers of every weight and buffer, evenly spaced: cheap to compute.
-
-    With adapters, of their scaling too, which is in neither.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # not offloaded to disk
-            digest.update(name.encode())
-            flat = tensor.detach().flatten()
-            some = flat[:: max(1, len(flat) // 64)]
-            digest.update(some.double().cpu().numpy().tobytes())
-    digest.update((adapter_scaling(model) or "").encode())
-    return digest.hexdigest()[:16]
-
-
-def config_digest(config: Any) -> str:
-    """A hash of a model's config, without where it was loaded from."""
-    entries = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spade_eval import lenses
 from spade_eval.calibration import NAME, WORD, Calibration
 from spade_eval.confidence import CONFIDENCES
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule, Readout, Scope
-from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM, log
 from spade_eval.lm.exit_log import ExitLog, writable
 from spade_eval.lm.requests import first_tokens, warn_of_shared_beginnings
@@ -104,11 +104,11 @@ class SpadeExitLM(SpadeLM):
         self._positions = chosen.pop("positions")
         spade = Spade(positions=self._positions)
         self.rule = ExitRule(scope=chosen.pop("exit_scope"), **chosen)
-        self._lens_name = lens
+        self._lens_name = lenses.called(lens)
         self._loaded = lenses.load(lens, pretrained is None, self.name)
         log_path = None if exit_log is None else writable(exit_log)
         super().__init__(pretrained, **kwargs)
-        self.lens = lenses.fit_to(self._loaded, self.backbone, lens, force_lens)
+        self.lens = lenses.fit_to(self._loaded, self.backbone, self._lens_name, force_lens)
         if self._calibration is not None:
             self._calibration.require_model(lenses.recognise(self.model, self.lens))
         self.candidates = self.rule.candidates(self.backbone.n_layers, self.lens.available)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spade_eval import lenses
 from spade_eval.decoders import Decoder, Linear, LogitLens, Positions, Spade, Start
 from spade_eval.errors import UserError, did_you_mean
-from spade_eval.lm import arguments, lenses
+from spade_eval.lm import arguments
 from spade_eval.lm.base import SpadeLM, log
 from spade_eval.policy import Policy
 from spade_eval.trace import score
@@ -135,9 +136,9 @@ class LinearLensLM(FixedLayerLM):
         kind = loaded.config.decoder
         if kind != self.name:
             raise UserError(f"lens={lens} is a {kind} lens: use --model {kind}.")
-        self._lens, self._lens_name = loaded, lens
+        self._lens, self._lens_name = loaded, lenses.called(lens)
         super().__init__(layer, pretrained=pretrained, **kwargs)
-        self._lens = lenses.fit_to(self._lens, self.backbone, lens, force_lens)
+        self._lens = lenses.fit_to(self._lens, self.backbone, self._lens_name, force_lens)
         self.decoder = Linear(self._lens)
 
     def _check_config(self, n_layers: int) -> None:

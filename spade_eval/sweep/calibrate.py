@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spade_eval import lenses
 from spade_eval.calibration import Calibration
 from spade_eval.confidence import CONFIDENCES
 from spade_eval.cost import Account
 from spade_eval.errors import UserError
 from spade_eval.fit.rows import rows_of
 from spade_eval.lens import LinearLens
-from spade_eval.lm import lenses
 from spade_eval.splits import Split
 from spade_eval.sweep.certify import certify, least_drop, p_values
 from spade_eval.sweep.compute import compute, configure, quiet

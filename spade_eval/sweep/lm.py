@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spade_eval import lenses
 from spade_eval.answers import Answers
 from spade_eval.cost import Account
 from spade_eval.decisions import decide
 from spade_eval.decoders import Spade
 from spade_eval.errors import UserError
-from spade_eval.lens import LinearLens
-from spade_eval.lm import lenses
 from spade_eval.lm.base import SpadeLM
 from spade_eval.lm.requests import first_tokens
 from spade_eval.sweep.batch import Found, Reader, watched
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from spade_eval.batching import Batch, Ints
     from spade_eval.decoders import Positions
     from spade_eval.exits import Scope
+    from spade_eval.lens import LinearLens
     from spade_eval.lm.requests import TokenRequest
     from spade_eval.sweep.store import Store
     from spade_eval.tally import Prices
@@ -67,7 +67,9 @@ class SweepLM(SpadeLM):
         if not maps and pretrained is None and (asked is None or "l_spade" in asked):
             maps = [("default", lenses.DEFAULT_LENS)]
         self.maps = _load(maps)
-        self._sources = {k: source for k, (_, source) in zip(self.maps, maps, strict=True)}
+        self._sources = {
+            k: lenses.called(source) for k, (_, source) in zip(self.maps, maps, strict=True)
+        }
         super().__init__(pretrained, **kwargs)
         self.maps = {
             k: (name, lenses.fit_to(lens, self.backbone, name, force_lens))
@@ -260,7 +262,7 @@ def _load(
     """
     found: dict[str, tuple[str, LinearLens]] = {}
     for name, source in maps:
-        lens = source if isinstance(source, LinearLens) else LinearLens.from_pretrained(source)
+        lens = lenses.own(source)
         if lens.config.decoder not in DECODERS:
             raise UserError(f"lens {name}={source} is a {lens.config.decoder} lens: leave it out.")
         if key(lens, name) in found:

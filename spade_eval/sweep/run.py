@@ -17,7 +17,7 @@ from spade_eval.cost import Account
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
 from spade_eval.fit.rows import rows_of, source_of
-from spade_eval.lm.cache import fingerprint
+from spade_eval.lm.cache import configuration
 from spade_eval.machine import machine
 from spade_eval.memory import peak_memory
 from spade_eval.splits import Split
@@ -86,7 +86,7 @@ def _sweep(
     overwrite: bool,
     command: str,
 ) -> pd.DataFrame | None:
-    about_model = json.loads(json.dumps(fingerprint(lm, lm._settings()), default=str))
+    about_model = json.loads(json.dumps(configuration(lm, lm._settings()), default=str))
     work.claim(
         settings.work,
         {**settings.describe(), **{f"model's {k}": v for k, v in about_model.items()}},

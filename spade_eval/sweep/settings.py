@@ -7,9 +7,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spade_eval.errors import UserError
+from spade_eval.errors import UserError, differences
 from spade_eval.fit import work
-from spade_eval.lm.cache import differences
 from spade_eval.sweep.grid import Ask
 
 if TYPE_CHECKING:

@@ -113,6 +113,18 @@ def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_
     ]
     made = adapters.record(lm.peft, lm.revision) if lm.peft else {}
     learned = tuple(made.get("tasks", ()))
+    unknown = [
+        f"the lens {name}"
+        for name, lens in lm.maps.values()
+        if lens.config.decoder != "identity" and not (lens.config.tasks and lens.config.split)
+    ]
+    if lm.peft and not learned:
+        unknown.append(f"the adapter {lm.peft}")
+    if unknown:
+        log.warning(
+            "Which documents trained %s is not known here; the guarantee holds if these did not.",
+            " and ".join(unknown),
+        )
     for what, names, whose in [*trained, (f"the adapter {lm.peft}", learned, "train")]:
         if shared := Documents(names, Split.parse(whose)).among(tasks, split, include_path):
             raise UserError(

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spade_eval.errors import UserError
-from spade_eval.fingerprint import adapter_fingerprint, adapter_scaling, digest
+from spade_eval.fingerprint import (
+    adapter_fingerprint,
+    adapter_scaling,
+    config_digest,
+    digest,
+    weights_digest,
+)
 from spade_eval.lens import LinearLens
 from spade_eval.lens_match import check, require_size
-from spade_eval.lm.cache import config_digest, weights_digest
 from spade_eval.tally import Prices
 
 if TYPE_CHECKING:
     from spade_eval.backbone import Backbone
     from spade_eval.exits import ExitRule
 
-DEFAULT_LENS = Path(__file__).resolve().parent.parent / "default_lens"  # L-SPADE, default model
+DEFAULT_LENS = Path(__file__).resolve().parent / "default_lens"  # L-SPADE, default model
 
 
 def load(
@@ -36,8 +41,6 @@ def load(
     Raises:
         UserError: No lens was given and there is no default, or it cannot be loaded.
     """
-    if isinstance(lens, LinearLens):
-        return lens
     if lens == "identity":
         return None
     if lens == "":
@@ -51,20 +54,34 @@ def load(
                 "pretrained=... --output FOLDER`."
             )
         lens = DEFAULT_LENS
+    return own(lens)
+
+
+def own(lens: str | Path | LinearLens) -> LinearLens:
+    """Load a lens; a copy, if it is the caller's own, for other models too."""
+    if isinstance(lens, LinearLens):
+        return copy.deepcopy(lens)
     return LinearLens.from_pretrained(lens)
 
 
-def require_depth(lens: LinearLens | None, n_layers: int, name: object, model_name: str) -> None:
+def called(lens: object) -> str:
+    """How messages and results call what was given as `lens=`."""
+    if lens is None:
+        return "default"
+    return str(lens) if isinstance(lens, (str, Path)) else "given in Python"
+
+
+def require_depth(lens: LinearLens | None, n_layers: int, name: str, model_name: str) -> None:
     """Make sure that a lens has as many layers as a model, before that is loaded.
 
     Raises:
         UserError: Names both numbers.
     """
     if lens is not None:
-        require_size(lens.config, _name(name), model_name, n_layers=n_layers)
+        require_size(lens.config, name, model_name, n_layers=n_layers)
 
 
-def require_layer(lens: LinearLens | None, layer: int, name: object) -> None:
+def require_layer(lens: LinearLens | None, layer: int, name: str) -> None:
     """Make sure that a lens has a map for a layer.
 
     Raises:
@@ -72,23 +89,21 @@ def require_layer(lens: LinearLens | None, layer: int, name: object) -> None:
     """
     if lens is not None and layer not in lens.available:
         raise UserError(
-            f"lens={_name(name)} has no map for layer {layer}; it has "
+            f"lens={name} has no map for layer {layer}; it has "
             f"{', '.join(map(str, lens.available))} (the last is the model itself)."
         )
 
 
-def fit_to(lens: LinearLens | None, backbone: Backbone, name: object, force: bool) -> LinearLens:
-    """Check a lens against the loaded model, and bring it to its device and dtype.
+def fit_to(lens: LinearLens | None, backbone: Backbone, name: str, force: bool) -> LinearLens:
+    """Check a lens against the loaded model, and bring it to its device and dtype, in place.
 
     Raises:
         UserError: It belongs to another model.
     """
     if lens is None:
         lens = LinearLens.identity(backbone.n_layers, backbone.width)
-    check(lens, backbone.model, _name(name), force=force)
-    # A copy, since the lens may be the caller's own, for other models too.
-    own = copy.deepcopy(lens) if lens is name else lens
-    return own.to(device=backbone.device, dtype=backbone.state_dtype).requires_grad_(False)
+    check(lens, backbone.model, name, force=force)
+    return lens.to(device=backbone.device, dtype=backbone.state_dtype).requires_grad_(False)
 
 
 def prices(backbone: Backbone, head: float, lens: LinearLens | None, rule: ExitRule) -> Prices:
@@ -112,13 +127,13 @@ def prices(backbone: Backbone, head: float, lens: LinearLens | None, rule: ExitR
     return Prices(backbone.n_layers, head, map_ + asked, check_answers)
 
 
-def describe(lens: LinearLens, name: object) -> dict[str, object]:
+def describe(lens: LinearLens, name: str) -> dict[str, object]:
     """What the results and a response cache's fingerprint say about a lens."""
     config = lens.config
     if config.decoder == "identity":
         return {"lens": "identity"}
     return {
-        "lens": _name(name),
+        "lens": name,
         "lens_decoder": config.decoder,
         "lens_tasks": list(config.tasks),
         "lens_positions": config.positions,
@@ -135,10 +150,3 @@ def recognise(model: Any, lens: LinearLens) -> dict[str, Any]:
         "adapter": adapter and f"{adapter}-{adapter_scaling(model)}",
         "lens": "identity" if identity else digest(lens.state_dict().items()),
     }
-
-
-def _name(lens: object) -> str:
-    """How messages and results call a lens."""
-    if lens is None:
-        return "default"
-    return str(lens) if isinstance(lens, (str, Path)) else "given in Python"
