@@ -10,10 +10,10 @@ Writes results/families.csv and results/families.md; with types named, prints th
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import itertools
 import signal
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -240,4 +240,12 @@ def main(only: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description="Which models of transformers can be decoded?")
+    types = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    parser.add_argument(
+        "only", nargs="*", metavar="TYPE", help="print what becomes of these (default: write all)"
+    )
+    asked = parser.parse_args().only
+    if unknown := [name for name in asked if name not in types]:
+        parser.error(f"no causal language model of transformers: {', '.join(unknown)}")
+    main(asked)

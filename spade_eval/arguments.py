@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +23,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse; words of a name may be joined by - or _, as lm-eval joins them."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelt(word) for word in given], namespace)
+
+    def _spelt(self, word: str) -> str:
+        """An option under the name that it was added by."""
+        name, equals, value = word.partition("=")
+        known = self._option_string_actions
+        for other in (f"--{name[2:].replace('-', '_')}", f"--{name[2:].replace('_', '-')}"):
+            if name.startswith("--") and name not in known and other in known:
+                return other + equals + value
+        return word
 
     def error(self, message: str) -> NoReturn:
         """Raise the message, with a hint."""

@@ -80,6 +80,8 @@ def _command(name: str) -> _Command:
 
 def _help() -> str:
     """Write the help text."""
+    from spade_eval.plugin import MODELS
+
     commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in _COMMANDS.items())
     return f"""\
 usage: spade-eval COMMAND [arguments]
@@ -88,6 +90,9 @@ Evaluate early-exit decoders (SPADE, logit lens) with lm-evaluation-harness.
 
 commands:
 {commands}
+
+models, for `spade-eval run --model` and `lm_eval --model`:
+  {", ".join(MODELS)}
 
 options:
   -h, --help      show this text

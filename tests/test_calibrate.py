@@ -368,6 +368,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("--max-drop 1.5", "between 0 and 1"),
+        ("--max_drop=1.5", "between 0 and 1"),
+        ("--max-drop 0.1 --apply-chat-template --num-fewshot x", "--num_fewshot: invalid int"),
         ("--max-drop 0.1 --confidence 95", "between 0 and 1"),
         ("--max-drop 0.1 --split dev", "split='dev' is not known"),
         ("--max-drop 0.1 --model_args threshold=2", "it is what will be found"),
@@ -407,8 +409,12 @@ def test_what_was_calibrated_is_what_answers(
 ) -> None:
     found, path = calibrated
     own = {"threshold": "calibrated", "max_length": 255, "lens": lens("l_spade", 1)}
-    with pytest.raises(UserError, match="readout=lens, calibrated with spade"):
+    with pytest.raises(UserError, match="calibrated with readout=spade, and lens_exit answers"):
         build(LensExitLM, calibration=path, **own)
+    with pytest.raises(
+        UserError, match=r"readout=lens, calibrated with spade\. Leave the argument"
+    ):
+        build(SpadeExitLM, calibration=path, readout="lens", **own)
     write_json(tmp_path / "c.json", replace(found, num_fewshot=5).to_json())
     build(SpadeExitLM, calibration=tmp_path / "c.json", **own)
     assert "holds for runs with --num_fewshot 5, without --apply_chat_template" in caplog.text

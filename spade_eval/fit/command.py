@@ -64,15 +64,20 @@ def parser() -> argparse.ArgumentParser:
         "--max_positions",
         type=int,
         default=FitSettings.max_positions,
-        help="at most (default: %(default)s)",
+        help="positions to train on, at most (default: %(default)s)",
     )
     p.add_argument(
         "--epochs",
         type=int,
         default=FitSettings.epochs,
-        help="at most (default: %(default)s; 0 is ridge alone)",
+        help="passes over them (default: %(default)s; 0 is ridge alone)",
     )
-    p.add_argument("--seed", type=int, default=FitSettings.seed)
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=FitSettings.seed,
+        help="of the documents' order (default: %(default)s)",
+    )
     p.add_argument(
         "--dtype",
         default=FitSettings.dtype,

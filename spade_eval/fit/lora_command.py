@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
         ("--learning_rate", float, d.learning_rate, "after the warm-up"),
         ("--batch_size", int, d.batch_size, "documents per step"),
         ("--micro_batch_size", int, d.micro_batch_size, "documents at once; bounds memory"),
-        ("--epochs", int, d.epochs, "at most"),
-        ("--validation_documents", int, d.validation_documents, "at most, over all tasks"),
+        ("--epochs", int, d.epochs, "passes over the documents, at most"),
+        ("--validation_documents", int, d.validation_documents, "that choose the step, at most"),
         ("--seed", int, d.seed, "of order and first weights"),
     ):
         p.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="split they come from, or a part of its rows as validation[:500] (default: "
         "%(default)s; a tenth of the training documents where a task has none)",
     )
-    p.add_argument("--max_steps", type=int, help="at most")
+    p.add_argument("--max_steps", type=int, help="steps, at most")
     p.add_argument(
         "--minutes", type=float, help="of training, at most; the learning rate then stays constant"
     )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from spade_eval.tally import Prices
 
 
-RARE = 0.01  # of decisions: with fewer exits the threshold is hardly what was meant
+RARE = 0.05  # of decisions: with fewer exits the checks cost more than the exits save
 DEFAULTS: dict[str, Any] = {
     "interval": 2, "min_layer": None, "confidence": "entropy", "exit_scope": "context",
     "positions": "reset",
@@ -94,8 +94,13 @@ class SpadeExitLM(SpadeLM):
         }  # fmt: skip
         self._calibration = _calibration(threshold, calibration)
         if self._calibration is not None:
-            own = {"readout": readout or self.default_readout}
-            chosen = self._calibration.arguments({**given, **own})
+            chosen = self._calibration.arguments(given)
+            if readout is None and chosen["readout"] != self.default_readout:
+                raise UserError(
+                    f"threshold={WORD} was calibrated with readout={chosen['readout']}, and "
+                    f"{self.name} answers with readout={self.default_readout}. Add readout="
+                    f"{chosen['readout']}, or calibrate again."
+                )
             log.warning("threshold=%s holds for %s.", WORD, self._calibration.holds_for)
         else:
             defaults = {**DEFAULTS, "readout": self.default_readout}

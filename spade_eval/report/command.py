@@ -26,9 +26,9 @@ all metrics; the intervals are not corrected."""
 
 _CHECK = """\
 Exit with status 1 if a run is worse than its baseline, by more than the tolerance and more than
-chance: a corrected two-sided p below alpha. The tolerance is in the metric's own unit where higher
-is better (0.01 of accuracy is one point) and a share of the baseline's value where lower is better
-(0.01 of a perplexity is one per cent)."""
+chance: a corrected two-sided p below alpha; with 2 if they cannot be compared. The tolerance is in
+the metric's own unit where higher is better (0.01 of accuracy is one point) and a share of the
+baseline's value where lower is better (0.01 of a perplexity is one per cent)."""
 
 _CHECK_EXAMPLES = """\
 examples:
@@ -107,8 +107,10 @@ def check_main(argv: list[str]) -> int:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--baseline", type=Path, help="a baseline, or another run")
     what.add_argument("--write-baseline", type=Path, metavar="FILE", help="make a baseline of RUN")
-    p.add_argument("--tolerance", type=float, default=0.01, help="default: %(default)s")
-    p.add_argument("--alpha", type=float, default=0.05, help="default: %(default)s")
+    p.add_argument(
+        "--tolerance", type=float, default=0.01, help="loss that is let pass (default: 0.01)"
+    )
+    p.add_argument("--alpha", type=float, default=0.05, help="of the tests (default: 0.05)")
     p.add_argument(
         "--allow",
         default="",
@@ -136,8 +138,9 @@ def check_main(argv: list[str]) -> int:
         )
     run = _read(args.run)
     if args.write_baseline is not None:
-        write_baseline(run, args.write_baseline)
-        print(_written(run, args.write_baseline))
+        place = args.write_baseline.expanduser()
+        write_baseline(run, place)
+        print(_written(run, place))
         return 0
     found = compare(_read(args.baseline), run)
     refuse(found, allowed, args.tolerance, args.alpha)

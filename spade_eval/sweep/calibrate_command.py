@@ -44,14 +44,21 @@ def parser() -> argparse.ArgumentParser:
         default="validation",
         help="whose documents, or which of them as validation[500:] (default: %(default)s)",
     )
+    p.add_argument("--max-drop", type=float, required=True, help="bound on the risk: 0.03, say")
     p.add_argument(
-        "--max-drop", "--max_drop", type=float, required=True, help="bound on the risk: 0.03, say"
+        "--confidence",
+        type=float,
+        default=0.95,
+        help="probability of the guarantee (default: %(default)s); what an exit compares with its "
+        "threshold goes into --model_args, as confidence=max_prob",
     )
-    p.add_argument("--confidence", type=float, default=0.95, help="default: %(default)s")
     p.add_argument(
-        "--model_args", default="", help="those of --model spade_exit, without the threshold"
+        "--model_args",
+        default="",
+        help="those of --model spade_exit, without the threshold; "
+        "readout=lens makes them those of lens_exit",
     )
-    p.add_argument("--output", type=Path, default=Path(NAME), help="default: %(default)s")
+    p.add_argument("--output", type=Path, default=Path(NAME), help="file (default: %(default)s)")
     p.add_argument("--limit", type=float, help="documents per task, as in lm_eval")
     p.add_argument("--num_fewshot", type=int, help="examples in the prompt, as in lm_eval")
     p.add_argument("--apply_chat_template", action="store_true", help="as in lm_eval")
@@ -72,6 +79,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         0; or 1 if no threshold meets the bound.
     """
     args = parser().parse_args(argv)
+    args.output = args.output.expanduser()
     Split.parse(args.split)
     for name, value in (("--max-drop", args.max_drop), ("--confidence", args.confidence)):
         if not 0 < value < 1:
@@ -158,7 +166,8 @@ def main(argv: list[str], tasks_path: Path) -> int:
         return 1
     write_json(args.output, found.to_json())
     place = "" if args.output == Path(NAME) else f",calibration={args.output}"
-    print(f"\nWritten to {args.output}; use it with threshold={WORD}{place}.")
+    model = "lens_exit" if rule["readout"] == "lens" else "spade_exit"
+    print(f"\nWritten to {args.output}; use it with --model {model}, threshold={WORD}{place}.")
     return 0
 
 

@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--thresholds",
         default="0.2:4:0.2",
-        help="of exits: FROM:TO:STEP with TO included, a list, or none (default: %(default)s)",
+        help="of exits: FROM:TO:STEP with TO included, a list, or none (default: %(default)s); "
+        "probabilities need others than entropies, and a sweep of their own",
     )
     p.add_argument(
         "--confidence",
@@ -64,7 +65,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--exit_scope", default="context", help="context,token,request (default: context)"
     )
-    p.add_argument("--readout", default="spade,lens", help="what answers (default: both)")
+    p.add_argument(
+        "--readout",
+        default="spade,lens",
+        help="what answers after an exit: spade, lens, or spade,lens (default)",
+    )
     p.add_argument("--interval", type=int, default=2, help="between candidates (default: 2)")
     p.add_argument("--min_layer", type=int, help="first candidate (default: half the layers)")
     p.add_argument(
