@@ -117,7 +117,7 @@ def _quantised(layer: torch.nn.Module) -> bool:
 
 
 def _operations(backbone: Backbone, layer: int) -> float:
-    """Those that are counted."""
+    """`a` of the layer above `layer`, by torch's counter; 0 if that knows none of its kernels."""
     ids = probe_ids(backbone)
     counts = []
     for times in (1, 2, 3):

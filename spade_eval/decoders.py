@@ -76,7 +76,7 @@ class LogitLens:
         return states.h
 
     def tails(self, backbone: Backbone, positions: Ints) -> Ints:
-        """None: it runs no layer."""
+        """Zeros: it runs no layer."""
         return np.zeros(len(positions), dtype=np.int64)
 
     def describe(self) -> dict[str, object]:
@@ -113,7 +113,7 @@ class Linear:
         return out
 
     def tails(self, backbone: Backbone, positions: Ints) -> Ints:
-        """None: it runs no layer."""
+        """Zeros: it runs no layer."""
         return np.zeros(len(positions), dtype=np.int64)
 
     def describe(self) -> dict[str, object]:

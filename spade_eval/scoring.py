@@ -75,8 +75,8 @@ class Row:
         starts: For each token the index of its root.
         ends: For each token the index behind its last descendant (see `forests`).
         reads: (token index, target id, request index): the target's log-probability is read there.
-        sequences: Distinct sequences in the row; what `--model hf` would feed as rows of their own.
-        tokens_apart: Tokens of those sequences, counted one by one.
+        tokens_apart: Tokens of the distinct sequences in the row, which `--model hf` would feed as
+            rows of their own.
         longest: Tokens of the longest of them.
     """
 
@@ -85,7 +85,6 @@ class Row:
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     reads: list[tuple[int, int, int]] = field(default_factory=list)
-    sequences: int = 0
     tokens_apart: int = 0
     longest: int = 0
 
@@ -100,7 +99,6 @@ class Row:
         self.starts += [s + offset for s in other.starts]
         self.ends += [e + offset for e in other.ends]
         self.reads += [(index + offset, target, request) for index, target, request in other.reads]
-        self.sequences += other.sequences
         self.tokens_apart += other.tokens_apart
         self.longest = max(self.longest, other.longest)
 
@@ -128,7 +126,6 @@ class Row:
         self.ends += [new.stop] * len(new)
         for index in path:
             self.ends[index] = new.stop
-        self.sequences += 1
         self.tokens_apart += len(ids)
         self.longest = max(self.longest, len(ids))
         return [*path, *new]

@@ -115,7 +115,7 @@ def test_a_context_is_fed_once_for_all_its_choices() -> None:
     asked = [Request(context, (c, 9, c)) for c in (1, 2, 3)] + [Request(context, (4,))]
     (row,) = plan(asked, Layout(max_length=99, packed=True)).rows
     assert row.ids == [5, 6, 7, 8, 1, 9, 2, 9, 3, 9]
-    assert row.sequences == 4  # one-token answers end at the context
+    assert row.tokens_apart == 3 * 6 + 4  # one-token answers end at the context
     dense = plan(asked, Layout(max_length=99)).rows
     assert sorted(map(len, dense)) == [4, 6, 6, 6]
 
@@ -150,7 +150,7 @@ def test_short_rows_are_filled_up_and_keep_to_themselves() -> None:
     layout = Layout(max_length=999, packed=True, crossover=32.0 * FILL)
     rows = plan(asked, layout).rows
     assert sorted(map(len, rows)) == [21, 30, 32]
-    assert sum(row.sequences for row in rows) == 6
+    assert sum(row.tokens_apart for row in rows) == 30 + 20 + 12 + 9 + 9 + 3
     dense = Layout(max_length=999, packed=False, crossover=32.0 * FILL)
     assert len(plan(asked, dense).rows) == 6
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import sem
 
 from spade_eval.errors import UserError
 from spade_eval.fit import documents, rows
@@ -96,9 +97,8 @@ def accuracies(questions: Sequence[Question], scores: Sequence[float]) -> dict[s
 
 
 def _mean(values: Sequence[float]) -> Accuracy:
-    n = len(values)
-    stderr = float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
-    return Accuracy(float(np.mean(values)), stderr, n)
+    stderr = float(sem(values)) if len(values) > 1 else None
+    return Accuracy(float(np.mean(values)), stderr, len(values))
 
 
 def _check(name: str, task: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
@@ -177,13 +179,12 @@ def _cut(lm: SpadeLM, ids: list[int], new: int) -> list[int]:
 
 def _run(lm: SpadeLM, batch: Sequence[list[int]], settings: Settings, policy: Policy) -> Generated:
     """Generate for some contexts at once."""
-    width = max(map(len, batch))
+    rows = [torch.tensor(context) for context in batch]
     # HFLM's padding: logits processors see it.
-    ids = torch.full((len(batch), width), lm.tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, context in enumerate(batch):
-        ids[row, width - len(context) :] = torch.tensor(context)
-        mask[row, width - len(context) :] = 1
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad(rows, padding_value=lm.tokenizer.pad_token_id)
+    mask = pad([torch.ones_like(row) for row in rows])
+    width = ids.shape[1]
     criteria = [StopRow(stop, lm.tokenizer, width, len(batch)) for stop in settings.until]
     autocast = lm.mixed_precision_dtype is not None
     with torch.autocast(lm.device.type, dtype=lm.mixed_precision_dtype, enabled=autocast):

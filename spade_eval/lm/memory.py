@@ -35,10 +35,10 @@ def largest_batch_size(rows: Sequence[Row], most: int, run: Callable[[Batch], ob
 
 @contextmanager
 def fitting(batch_size: int | str, device: torch.device) -> Iterator[None]:
-    """Say what to do where memory runs out.
+    """Name the batch size where the memory of a device runs out.
 
     Raises:
-        UserError: It did.
+        UserError: It ran out inside.
     """
     try:
         yield

@@ -128,7 +128,6 @@ class Matrix:
 
     model: str
     name: str
-    unit: str
     title: str
     note: str
     frame: pd.DataFrame
@@ -158,7 +157,7 @@ def _matrices(sweep: Sweep) -> Iterator[Matrix]:
             for what, label in (("value", "accuracy"), ("gain", "token-layer gain")):
                 frame = _by_training_set(rows, what)
                 name = slug(decoder, kind, what)
-                yield Matrix(model, name, label, f"{label} of {shown}", note, frame)
+                yield Matrix(model, name, f"{label} of {shown}", note, frame)
             continue
         upper = rows[rows["layer"].between(half, sweep.n_layers - 1)]
         layer = min(rows["layer"], key=lambda found: (abs(found - at), found))
@@ -170,7 +169,7 @@ def _matrices(sweep: Sweep) -> Iterator[Matrix]:
         ):
             note = "Layers that all training sets have; none was chosen by its result."
             frame = _by_training_set(part, "value")
-            yield Matrix(model, slug(decoder, name), "accuracy", title, note, frame)
+            yield Matrix(model, slug(decoder, name), title, note, frame)
 
 
 def _by_training_set(rows: pd.DataFrame, what: str) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from spade_eval.confidence import CONFIDENCES, Name
 from spade_eval.errors import UserError, require_known
-from spade_eval.exits import ExitRule, Readout, Scope, candidates
+from spade_eval.exits import ExitRule, Readout, Scope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -188,7 +188,7 @@ def grid(ask: Ask, n_layers: int, lenses: Mapping[str, tuple[str, LinearLens]]) 
             spade_without_l_spade = rule.readout == "spade" and own[0] != "l_spade"
             if own not in wanted or answers not in wanted or spade_without_l_spade:
                 continue
-            found[lens_key] = candidates(n_layers, rule.interval, rule.min_layer, maps.get(own))
+            found[lens_key] = rule.candidates(n_layers, maps.get(own))
             wanted[own] |= set(found[lens_key])
             wanted[answers] |= set(found[lens_key])
             exits.append(Exit(lens_key, rule))

@@ -167,7 +167,7 @@ class SweepLM(SpadeLM):
             decoder = self.reader.decoder(reading.decoder, reading.lens)
             tails = decoder.tails(self.backbone, batch.scored_positions)
             pairs = reading.decoder in ("spade", *LENSES)
-            starts = self._starts(index, batch, tails, pairs) if pairs else 0
+            starts = self._starts(index, batch, tails) if pairs else 0
             into.accounts[index].add(
                 batch, self._source, self.prices, reading.layer, reading.layer, tails, starts
             )
@@ -205,7 +205,7 @@ class SweepLM(SpadeLM):
             tails = decoder.tails(self.backbone, batch.scored_positions)
             below = np.zeros(len(batch.scored), dtype=bool)
             np.logical_or.at(below, batch.read_at, done.of_reads < n_layers)
-            starts = 0 if rule.never else self._starts(number, batch, tails * below, first=True)
+            starts = 0 if rule.never else self._starts(number, batch, tails * below)
             account, prices = into.accounts[number], self._exit_prices(exit_)
             account.add(batch, self._source, prices, done.passed, done.of_reads, tails, starts)
             account.add_exits(batch, self._source, prices, who, done.layers, done.checked)
@@ -226,18 +226,16 @@ class SweepLM(SpadeLM):
         np.add.at(call.logprobs[cell], batch.requests, logprobs)
         np.logical_and.at(call.greedy[cell], batch.requests, greedy)
 
-    def _starts(self, cell: int, batch: Batch, tails: Ints, first: bool) -> int:
+    def _starts(self, cell: int, batch: Batch, tails: Ints) -> int:
         """How many start tokens a run of the cell alone would have to compute for this batch.
 
         Args:
             cell: The cell.
             batch: The batch.
             tails: Tokens that go on as pairs at each scored position, (P,).
-            first: Whether position 0 is answered by the start token's own states.
         """
-        asked = tails > 0
-        if first:
-            asked |= batch.scored_positions == 0
+        # At position 0 the start token's own states answer.
+        asked = (tails > 0) | (batch.scored_positions == 0)
         used = set(batch.start_ids[asked].tolist())
         new = used - self._started[cell]
         self._started[cell] |= new
