@@ -6,13 +6,12 @@ them stand a model card and `finetune.json`, a record of the training.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
-from spade_eval import lens_files
+from spade_eval.atomic import replacing_folder, write_json
 from spade_eval.default_model import DEFAULT_MODEL_NAME
 from spade_eval.lens_config import hub_id, table
 
@@ -76,11 +75,11 @@ def save(model: PeftModel, record: Record, folder: Path) -> None:
     """
     # PEFT takes the folder that the model was loaded from, a cache of ours for the default model.
     model.peft_config["default"].base_model_name_or_path = record.base_model
-    with lens_files.replacing(folder, "adapter", FILES) as new:
+    with replacing_folder(folder, "adapter", FILES.__contains__) as new:
         # Told to decide by itself, PEFT would ask the Hub whether to add the embeddings.
         model.save_pretrained(new, save_embedding_layers=False)
-        (new / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
-        (new / CARD).write_text(card(record))
+        write_json(new / RECORD, asdict(record))
+        (new / CARD).write_text(card(record), encoding="utf-8")
 
 
 def accuracies(record: Record) -> list[list[object]]:

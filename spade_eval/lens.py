@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from spade_eval import lens_files
+from spade_eval.atomic import replacing_folder
 from spade_eval.errors import UserError
 from spade_eval.lens_config import LensConfig, card
 
@@ -147,7 +148,8 @@ class LinearLens(nn.Module, PyTorchModelHubMixin):
         if self.config.decoder == "identity":
             raise UserError("The identity has no weights to save: write lens=identity to use it.")
         lens_files.finite(self.state_dict(), "this lens")
-        with lens_files.replacing(Path(save_directory)) as folder:
+        owns = lens_files.FILES.__contains__
+        with replacing_folder(Path(save_directory), "lens", owns) as folder:
             super().save_pretrained(folder)
         if not push_to_hub:
             return None

@@ -1,13 +1,9 @@
-"""The files of a lens: found in a folder or on the Hub, read with suspicion, written at once."""
+"""The files of a lens: found in a folder or on the Hub, and read with suspicion."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +24,7 @@ from spade_eval.errors import UserError
 from spade_eval.lens_config import LensConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Mapping
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = frozenset({CONFIG, WEIGHTS, CARD})
@@ -101,59 +97,6 @@ def finite(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{key} of {name} holds NaN or infinity. Fit the lens again.")
-
-
-def require_replaceable(folder: Path, what: str = "lens", files: Collection[str] = FILES) -> None:
-    """Make sure that a lens, or what else consists of `files`, may take a folder's place.
-
-    Raises:
-        UserError: `folder` holds other files, or is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; the {what} is a folder. Give another name.")
-    others = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    if others := [other for other in others if other not in files]:
-        raise UserError(
-            f"{folder} holds other files ({', '.join(others[:4])}), and the {what} replaces its "
-            "folder. Save it into a folder of its own."
-        )
-
-
-@contextmanager
-def replacing(folder: Path, what: str = "lens", files: Collection[str] = FILES) -> Iterator[Path]:
-    """Hand out an empty folder beside `folder`, and rename it to that in the end.
-
-    An error in between leaves the old lens. A first save is one rename. Replacing a lens takes two:
-    a process killed just between them leaves no `folder`, and both lenses, whole, in the hidden
-    folder beside it.
-
-    Raises:
-        UserError: `folder` holds other files than `files`, or cannot be written.
-    """
-    folder = folder.expanduser().resolve()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        require_replaceable(folder, what, files)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            new, old = work / "new", work / "old"
-            new.mkdir()
-            yield new
-            if folder.exists():
-                os.replace(folder, old)
-            try:
-                os.replace(new, folder)
-            except BaseException:
-                if old.exists():
-                    os.replace(old, folder)
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except (OSError, SafetensorError) as err:
-        raise UserError(
-            f"The {what} cannot be written to {folder} ({err}). Give a folder that "
-            "can be, with room for it."
-        ) from err
 
 
 def _fetch(name: str | Path, file: str, hub: dict[str, Any]) -> Path:

@@ -16,11 +16,11 @@ from test_lm import build, instances, model
 from test_sweep import lens
 
 from spade_eval import adapter_files
+from spade_eval.atomic import write_json
 from spade_eval.calibration import Calibration
 from spade_eval.cli import main, tasks_path
 from spade_eval.errors import UserError
 from spade_eval.fit.documents import load_tasks
-from spade_eval.fit.work import write_json
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.splits import Split
 from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds

@@ -359,7 +359,7 @@ def test_a_save_that_dies_leaves_the_old_lens(
         elif at == "card":
             patch.setattr("spade_eval.lens.card", die)
         else:
-            patch.setattr(lens_files.os, "replace", rename)
+            patch.setattr(os, "replace", rename)
         with pytest.raises(Killed):
             random_lens(1).save_pretrained(tmp_path / "lens")
     assert os.listdir(tmp_path) == ["lens"]

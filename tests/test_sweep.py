@@ -460,8 +460,9 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(
 
     def dying(self: Store, path: Path, *args: Any) -> None:
         if len(kept) == after:
-            path.with_suffix(".part").parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".part").write_bytes(b"half of i")
+            half = path.parent / f".{path.name}-xyz" / path.name
+            half.parent.mkdir(parents=True)
+            half.write_bytes(b"half of i")
             raise Killed
         kept.append(path)
         keep(self, path, *args)
@@ -568,7 +569,7 @@ def test_other_files_are_never_overwritten(tmp_path: Path) -> None:
             run(tmp_path / "out", overwrite=overwrite)
     (tmp_path / "out/sweep.json").write_text("{}")  # a sweep, and a report inside
     (tmp_path / "out/report").mkdir()
-    with pytest.raises(UserError, match=r"other files than a sweep's \(report, thesis.tex\)"):
+    with pytest.raises(UserError, match=r"holds other files \(report, thesis.tex\), and the sweep"):
         run(tmp_path / "out", overwrite=True)
     with pytest.raises(UserError, match=r"holds a sweep.* or --overwrite"):
         run(tmp_path / "out")

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 
 from spade_eval import __version__, adapter_files, adapters
+from spade_eval.atomic import write_json
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint, weights_digest
 from spade_eval.fit import documents, examples, lora, questions, states, work
@@ -215,7 +216,7 @@ def _before(path: Path, validate: Callable[[], dict[str, Accuracy]]) -> dict[str
         return {name: Accuracy(**entry) for name, entry in json.loads(path.read_text()).items()}
     before = validate()
     if PartialState().is_main_process:
-        work.write_json(path, {name: asdict(accuracy) for name, accuracy in before.items()})
+        write_json(path, {name: asdict(accuracy) for name, accuracy in before.items()})
     return before
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from spade_eval import adapter_files, lens_files
+from spade_eval import adapter_files
+from spade_eval.atomic import require_replaceable
 from spade_eval.errors import UserError
 from spade_eval.fit import work
 from spade_eval.splits import Split
@@ -100,4 +101,4 @@ def check_output(settings: LoraSettings, resume: bool, overwrite: bool) -> None:
         UserError: Says what is there and what to do.
     """
     work.require_free(settings.output, settings.work, resume, overwrite)
-    lens_files.require_replaceable(settings.output, "adapter", adapter_files.FILES)
+    require_replaceable(settings.output, "adapter", adapter_files.FILES.__contains__)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spade_eval.atomic import replacing_file
 from spade_eval.errors import UserError
 from spade_eval.fit.maps import Affine
 
@@ -60,10 +61,9 @@ class Progress:
             "seconds": self.seconds,
             "metrics": self.metrics,
         }
-        part = path.with_suffix(".part")
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, part, metadata={"progress": json.dumps(about)})
-        part.replace(path)
+        with replacing_file(path) as new:
+            save_file(plain, new, metadata={"progress": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path) -> Progress:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from spade_eval import lens_files
 from spade_eval.arguments import layer_numbers
+from spade_eval.atomic import require_replaceable
 from spade_eval.errors import UserError
 from spade_eval.fit import work
 from spade_eval.fit.descent import Recipe
@@ -78,4 +79,4 @@ def check_output(settings: FitSettings, resume: bool, overwrite: bool) -> None:
         UserError: Says what is there and what to do.
     """
     work.require_free(settings.output, settings.work, resume, overwrite)
-    lens_files.require_replaceable(settings.output)
+    require_replaceable(settings.output, "lens", lens_files.FILES.__contains__)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from spade_eval.atomic import write_json
 from spade_eval.errors import UserError, differences
 
 if TYPE_CHECKING:
@@ -130,10 +131,3 @@ def _writing(work: Path) -> Iterator[None]:
         yield
     except OSError as err:
         raise UserError(f"{work} cannot be written: {err.strerror}.") from err
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is whole or not there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spade_eval import __version__
+from spade_eval.atomic import replacing_file
 from spade_eval.errors import UserError
-from spade_eval.report.files import find_results, load_json, replacing, results_run
+from spade_eval.report.files import find_results, load_json, results_run
 from spade_eval.report.runs import Run, Score, TaskScores
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def write_baseline(run: Run, path: Path) -> None:
                     "Leave the task out, or repair the model first."
                 )
     text = json.dumps(_to_json(run), indent=1, ensure_ascii=False)
-    with replacing(path) as new:
+    with replacing_file(path) as new:
         new.write_text(text + "\n", encoding="utf-8")
 
 

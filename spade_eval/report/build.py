@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from spade_eval.atomic import replacing_file
 from spade_eval.errors import UserError
 from spade_eval.report.baseline import read_run
 from spade_eval.report.figures import sweep_figures
-from spade_eval.report.files import dated_results, replacing
+from spade_eval.report.files import dated_results
 from spade_eval.report.formats import write_table
 from spade_eval.report.page import source_rows, write_page
 from spade_eval.report.spaces import read_states, space_figures
@@ -205,9 +206,9 @@ def _figures(sweep: Sweep) -> Iterator[Plot]:
 def _write_plot(plot: Plot, folder: Path) -> Path:
     """Write NAME.png, NAME.pdf and the numbers, NAME.csv; returns the PNG file."""
     for ending in ("png", "pdf"):
-        with replacing(folder / f"{plot.name}.{ending}") as new:
+        with replacing_file(folder / f"{plot.name}.{ending}") as new:
             save(plot.figure, new)
         plot.figure.set_layout_engine("none")  # laid out by now, which takes as long as drawing
-    with replacing(folder / f"{plot.name}.csv") as new:
+    with replacing_file(folder / f"{plot.name}.csv") as new:
         plot.frame.to_csv(new, index=False)
     return folder / f"{plot.name}.png"

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +18,7 @@ from spade_eval.report.runs import Run, Score, TaskScores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from spade_eval.report.stats import Values
 
@@ -142,25 +139,6 @@ def results_run(raw: dict[str, Any], path: Path) -> Run:
         account=_object(_object(_object(raw, "config"), "spade"), "account"),
         notes=tuple(notes),
     )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Hand out a new file's name beside `path`, and rename the file to that in the end.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
-            new = Path(work) / path.name
-            yield new
-            os.replace(new, path)
-    except OSError as err:
-        raise UserError(
-            f"{path} cannot be written ({err}). Give a place that can be, with room for it."
-        ) from err
 
 
 def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:

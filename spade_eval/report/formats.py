@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from spade_eval.atomic import replacing_file
 from spade_eval.report.extra import needs_report_extra
-from spade_eval.report.files import replacing
 
 with needs_report_extra():
     from tabulate import tabulate
@@ -40,11 +40,11 @@ class Table:
 
 def write_table(table: Table, folder: Path) -> None:
     """Write NAME.csv with the numbers, NAME.md and NAME.tex with them rounded for reading."""
-    with replacing(folder / f"{table.name}.csv") as new:
+    with replacing_file(folder / f"{table.name}.csv") as new:
         table.frame.to_csv(new, index=False)
-    with replacing(folder / f"{table.name}.md") as new:
+    with replacing_file(folder / f"{table.name}.md") as new:
         new.write_text(f"## {table.title}\n\n{markdown(table)}\n\n{table.note}\n", encoding="utf-8")
-    with replacing(folder / f"{table.name}.tex") as new:
+    with replacing_file(folder / f"{table.name}.tex") as new:
         new.write_text(latex(table), encoding="utf-8")
 
 

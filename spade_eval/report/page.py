@@ -8,8 +8,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from spade_eval import __version__
+from spade_eval.atomic import replacing_file
 from spade_eval.report.extra import needs_report_extra
-from spade_eval.report.files import replacing
 from spade_eval.report.formats import number, numeric
 from spade_eval.report.sweeps import slug
 
@@ -75,7 +75,7 @@ def write_page(
         ],
         table_code=markupsafe.Markup(generate_init_offline_itables_html(itables.options.dt_bundle)),
     )
-    with replacing(path) as new:
+    with replacing_file(path) as new:
         new.write_text(text, encoding="utf-8")
 
 

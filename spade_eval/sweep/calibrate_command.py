@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spade_eval.arguments import Parser, add_place, command_line, include_paths, model_arguments
+from spade_eval.atomic import write_json
 from spade_eval.calibration import NAME, WORD
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule
@@ -98,7 +99,6 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from lm_eval.utils import setup_logging
 
     from spade_eval.fit.documents import load_tasks
-    from spade_eval.fit.work import write_json
     from spade_eval.lens import LinearLens
     from spade_eval.lm.exit import DEFAULTS
     from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import shutil
 import time
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from spade_eval import __version__
+from spade_eval.atomic import replacing_folder, write_json
 from spade_eval.cost import Account
+from spade_eval.errors import UserError
 from spade_eval.fingerprint import adapter_fingerprint
 from spade_eval.fit import work
 from spade_eval.fit.rows import rows_of, source_of
@@ -25,14 +26,7 @@ from spade_eval.sweep import contexts, table
 from spade_eval.sweep.compute import compute, configure, quiet, unbounded
 from spade_eval.sweep.replay import Replay, metrics, requests_kept
 from spade_eval.sweep.samples import samples_of
-from spade_eval.sweep.settings import (
-    CONFIG,
-    SAMPLES,
-    STATES,
-    TABLE,
-    check_output,
-    require_replaceable,
-)
+from spade_eval.sweep.settings import CONFIG, OWN, SAMPLES, STATES, TABLE, check_output
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -218,25 +212,19 @@ def _write(
     settings: SweepSettings,
     overwrite: bool,
 ) -> None:
-    """All files beside the output first; then the folder appears at once."""
     import pandas as pd
 
     output = settings.output.absolute()
-    ready = settings.work / "output"
-    shutil.rmtree(ready, ignore_errors=True)
-    ready.mkdir(parents=True)
-    table.write(whole, ready, TABLE)
-    if samples:
-        every = pd.concat(samples, ignore_index=True).drop_duplicates()
-        table.write(every, ready, SAMPLES, csv=False)
-    for name, found in states.items():
-        contexts.write(ready / STATES.format(_file(name)), *found)
-    work.write_json(ready / CONFIG, record)
-    if overwrite and output.exists():
-        require_replaceable(output)
-        shutil.rmtree(output)
-    elif output.exists():
-        output.rmdir()  # an empty one was free to take; another stays, and this fails
-    output.parent.mkdir(parents=True, exist_ok=True)
-    ready.rename(output)
+    if work.taken(output) and not overwrite:
+        raise UserError(
+            f"{output} has been made by another run meanwhile. Move it away and --resume this one."
+        )
+    with replacing_folder(output, "sweep", OWN.fullmatch) as new:
+        table.write(whole, new, TABLE)
+        if samples:
+            every = pd.concat(samples, ignore_index=True).drop_duplicates()
+            table.write(every, new, SAMPLES, csv=False)
+        for name, found in states.items():
+            contexts.write(new / STATES.format(_file(name)), *found)
+        write_json(new / CONFIG, record)
     work.clear(settings.work)

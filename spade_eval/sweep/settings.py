@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from spade_eval.atomic import require_replaceable
 from spade_eval.errors import UserError, differences
 from spade_eval.fit import work
 from spade_eval.sweep.grid import Ask
@@ -78,7 +79,7 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
     if work.taken(output) and not (output / CONFIG).is_file():
         raise UserError(f"{output} is no sweep's folder: give another --output.")
     if overwrite:
-        require_replaceable(output)
+        require_replaceable(output, "sweep", OWN.fullmatch)
     elif work.taken(output):
         raise UserError(
             f"{output} holds a sweep{_apart(output / CONFIG, settings)}. Give another --output, or "
@@ -91,20 +92,6 @@ def check_output(settings: SweepSettings, resume: bool, overwrite: bool) -> None
             "--resume, another --output, or --overwrite."
         )
     work.require_free(output, work_folder, resume, overwrite)
-
-
-def require_replaceable(output: Path) -> None:
-    """Make sure that a sweep may take a folder's place.
-
-    Raises:
-        UserError: It holds other files than a sweep's.
-    """
-    found = [path.name for path in output.iterdir()] if output.exists() else []
-    if others := sorted(name for name in found if not OWN.fullmatch(name)):
-        raise UserError(
-            f"{output} holds other files than a sweep's ({', '.join(others[:4])}), which would go "
-            "with it. Move them, or give another --output."
-        )
 
 
 def _apart(path: Path, settings: SweepSettings) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from spade_eval.atomic import replacing_file
 from spade_eval.sweep.batch import Found
 
 if TYPE_CHECKING:
@@ -66,11 +67,9 @@ class Store:
 
     def keep(self, path: Path, batch: Batch, found: Found, seconds: float) -> None:
         """Write what was found in a batch."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         arrays = {"logprobs": found.logprobs, "greedy": found.greedy}
         arrays |= {_SEPARATOR.join(name): a for name, a in found.confidences.items()}
         if found.states is not None:
             arrays["states"] = found.states
-        temporary = path.with_suffix(".part")
-        save_file(arrays, temporary, metadata={"batch": digest(batch), "seconds": str(seconds)})
-        temporary.rename(path)
+        with replacing_file(path) as new:
+            save_file(arrays, new, metadata={"batch": digest(batch), "seconds": str(seconds)})
