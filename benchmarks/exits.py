@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from scoring import Case, evaluate, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spade_eval.cli import tasks_path
+from spade_eval.arguments import tasks_path
 from spade_eval.cost import Account
 from spade_eval.default_model import default_model_path
 from spade_eval.lenses import DEFAULT_LENS

@@ -30,8 +30,8 @@ from exits import page
 from scoring import machine
 from transformers import AutoTokenizer
 
+from spade_eval.arguments import tasks_path
 from spade_eval.causal_lm import SpadeExitForCausalLM
-from spade_eval.cli import tasks_path
 from spade_eval.default_model import default_model_path
 from spade_eval.lenses import DEFAULT_LENS
 

@@ -33,7 +33,7 @@ from peft import PeftModel
 from scoring import machine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from spade_eval.cli import tasks_path
+from spade_eval.arguments import tasks_path
 from spade_eval.cost import Account
 from spade_eval.lm.exit import SpadeExitLM
 from spade_eval.lm.layer import SpadeLayerLM

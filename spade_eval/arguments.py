@@ -64,9 +64,19 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return given if args.device is None else {**given, "device": args.device}
 
 
-def include_paths(args: argparse.Namespace, tasks_path: Path) -> list[Path]:
+def tasks_path() -> Path:
+    """Return the folder of our task files, for lm-eval's `--include_path`."""
+    package = Path(__file__).resolve().parent
+    # Inside the package in a wheel, beside it in the repository (editable install).
+    for folder in (package / "tasks", package.parent / "tasks"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"the tasks are missing from this installation ({package}): install it again")
+
+
+def include_paths(args: argparse.Namespace) -> list[Path]:
     """Our tasks' folder, and `--include_path` behind it."""
-    return [tasks_path, *([args.include_path] if args.include_path else [])]
+    return [tasks_path(), *([args.include_path] if args.include_path else [])]
 
 
 def command_line(name: str, argv: Sequence[str]) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spade_eval import __version__
+from spade_eval.arguments import tasks_path
 from spade_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 # Where lm-eval checks its input: an error raised there is about the command line, and its message
 # is all the user needs. Raised anywhere else it may be a bug, and keeps its traceback.
@@ -21,16 +22,6 @@ _INPUT_CHECKS = (
     "lm_eval.config.", "lm_eval.evaluator", "lm_eval.api.registry", "lm_eval.api.model",
 )  # fmt: skip
 _SMALLER = "Give a smaller --batch_size, of finetune a smaller --micro_batch_size."
-
-
-@dataclass(frozen=True)
-class _Command:
-    """One sub-command."""
-
-    summary: str
-    """Its line in the help text."""
-    call: Callable[[list[str]], int]
-    """Takes the arguments behind the command's name, returns the exit status."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"spade-eval {__version__}")
         return 0
     try:
-        return _command(argv[0]).call(argv[1:])
+        return _call(argv[0], argv[1:])
     except KeyboardInterrupt:
         kept = "; with --resume it goes on" if argv[0] in ("fit", "finetune", "sweep") else ""
         print(f"\nspade-eval {argv[0]} was stopped{kept}.", file=sys.stderr)
@@ -58,20 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def tasks_path() -> Path:
-    """Return the folder of our task files, for lm-eval's `--include_path`."""
-    package = Path(__file__).resolve().parent
-    # Inside the package in a wheel, beside it in the repository (editable install).
-    for folder in (package / "tasks", package.parent / "tasks"):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"the tasks are missing from this installation ({package}): install it again")
-
-
-def _command(name: str) -> _Command:
-    """Look up a sub-command."""
+def _call(name: str, argv: list[str]) -> int:
+    """Run a sub-command."""
     if name in _COMMANDS:
-        return _COMMANDS[name]
+        return pkgutil.resolve_name(_COMMANDS[name][1])(argv)
     if name.startswith("-"):
         raise UserError(f"{name} stands before a command; to evaluate: spade-eval run {name} ...")
     known = ", ".join(_COMMANDS)
@@ -82,7 +63,7 @@ def _help() -> str:
     """Write the help text."""
     from spade_eval.plugin import MODELS
 
-    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in _COMMANDS.items())
+    commands = "\n".join(f"  {name:<12}{summary}" for name, (summary, _) in _COMMANDS.items())
     return f"""\
 usage: spade-eval COMMAND [arguments]
 
@@ -168,59 +149,10 @@ def _is_bad_input(err: Exception) -> bool:
     return module.startswith(_INPUT_CHECKS)
 
 
-def _fit(argv: list[str]) -> int:
-    """Fit a lens."""
-    from spade_eval.fit.command import main as fit_main
-
-    return fit_main(argv, tasks_path())
-
-
-def _finetune(argv: list[str]) -> int:
-    """Train an adapter."""
-    from spade_eval.fit.lora_command import main as finetune_main
-
-    return finetune_main(argv, tasks_path())
-
-
-def _sweep(argv: list[str]) -> int:
-    """Sweep layers, decoders and thresholds."""
-    from spade_eval.sweep.command import main as sweep_main
-
-    return sweep_main(argv, tasks_path())
-
-
-def _calibrate(argv: list[str]) -> int:
-    """Certify a threshold."""
-    from spade_eval.sweep.calibrate_command import main as calibrate_main
-
-    return calibrate_main(argv, tasks_path())
-
-
-def _report(argv: list[str]) -> int:
-    """Make tables and figures."""
-    from spade_eval.report.command import report_main
-
-    return report_main(argv)
-
-
-def _compare(argv: list[str]) -> int:
-    """Compare two runs."""
-    from spade_eval.report.command import compare_main
-
-    return compare_main(argv)
-
-
-def _check(argv: list[str]) -> int:
-    """Compare a run with its baseline."""
-    from spade_eval.report.command import check_main
-
-    return check_main(argv)
-
-
 def _tasks_path(argv: list[str]) -> int:
     """Print the folder of our task files."""
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: spade-eval tasks-path\n\n{_COMMANDS['tasks-path'].summary}")
+        print(f"usage: spade-eval tasks-path\n\n{_COMMANDS['tasks-path'][0]}")
         return 0
     if argv:
         raise UserError(f"tasks-path takes no arguments, got {' '.join(argv)}")
@@ -228,18 +160,43 @@ def _tasks_path(argv: list[str]) -> int:
     return 0
 
 
+# Each with its line in the help text, and the function that takes the arguments behind its name and
+# returns the exit status; it is imported when the command is given.
 _COMMANDS = {
-    "run": _Command("evaluate: lm_eval's own command line, with our models and tasks", _run),
-    "fit": _Command("fit a lens: the linear maps of l_spade, tuned_lens and spade_exit", _fit),
-    "finetune": _Command("train a LoRA adapter on tasks, for peft= of all models", _finetune),
-    "sweep": _Command("every decoder, layer and threshold from one pass over each task", _sweep),
-    "calibrate": _Command(
-        "find a threshold with a guarantee, for threshold=calibrated", _calibrate
+    "run": (
+        "evaluate: lm_eval's own command line, with our models and tasks",
+        "spade_eval.cli:_run",
     ),
-    "report": _Command("tables, figures and a page of sweeps and results", _report),
-    "compare": _Command("compare two runs, with paired tests where samples were logged", _compare),
-    "check": _Command("exit with status 1 if a run is worse than its baseline", _check),
-    "tasks-path": _Command(
-        "print the folder of our task files, for lm_eval --include_path", _tasks_path
+    "fit": (
+        "fit a lens: the linear maps of l_spade, tuned_lens and spade_exit",
+        "spade_eval.fit.command:main",
+    ),
+    "finetune": (
+        "train a LoRA adapter on tasks, for peft= of all models",
+        "spade_eval.fit.lora_command:main",
+    ),
+    "sweep": (
+        "every decoder, layer and threshold from one pass over each task",
+        "spade_eval.sweep.command:main",
+    ),
+    "calibrate": (
+        "find a threshold with a guarantee, for threshold=calibrated",
+        "spade_eval.sweep.calibrate_command:main",
+    ),
+    "report": (
+        "tables, figures and a page of sweeps and results",
+        "spade_eval.report.command:report_main",
+    ),
+    "compare": (
+        "compare two runs, with paired tests where samples were logged",
+        "spade_eval.report.command:compare_main",
+    ),
+    "check": (
+        "exit with status 1 if a run is worse than its baseline",
+        "spade_eval.report.command:check_main",
+    ),
+    "tasks-path": (
+        "print the folder of our task files, for lm_eval --include_path",
+        "spade_eval.cli:_tasks_path",
     ),
 }

@@ -16,9 +16,10 @@ from test_lm import build, instances, model
 from test_sweep import lens
 
 from spade_eval import adapter_files
+from spade_eval.arguments import tasks_path
 from spade_eval.atomic import write_json
 from spade_eval.calibration import Calibration
-from spade_eval.cli import main, tasks_path
+from spade_eval.cli import main
 from spade_eval.errors import UserError
 from spade_eval.fit.documents import load_tasks
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM

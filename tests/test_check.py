@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spade_eval.cli import main, tasks_path
+from spade_eval.arguments import tasks_path
+from spade_eval.cli import main
 from spade_eval.errors import UserError
 from spade_eval.report.baseline import read_run, write_baseline
 from spade_eval.report.check import Comparison, compare, refuse

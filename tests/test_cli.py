@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from spade_eval import __version__, cli
-from spade_eval.cli import main, tasks_path
+from spade_eval import __version__
+from spade_eval.arguments import tasks_path
+from spade_eval.cli import main
 from spade_eval.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def test_tasks_path_prints_the_folder_of_the_tasks() -> None:
 
 
 def test_tasks_path_without_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spade_eval.cli.__file__", str(tmp_path / "spade_eval" / "cli.py"))
+    monkeypatch.setattr("spade_eval.arguments.__file__", str(tmp_path / "spade_eval" / "a.py"))
     with pytest.raises(UserError, match="install it again"):
         tasks_path()
 
@@ -210,9 +210,8 @@ def test_what_is_stopped_says_how_to_go_on(
     def stopped(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
-    for name in ("fit", "compare"):
-        command = dataclasses.replace(cli._COMMANDS[name], call=stopped)
-        monkeypatch.setitem(cli._COMMANDS, name, command)
+    for name, target in (("fit", "fit.command.main"), ("compare", "report.command.compare_main")):
+        monkeypatch.setattr(f"spade_eval.{target}", stopped)
         assert main([name]) == 130
         told = capfd.readouterr().err
         assert told.startswith(f"\nspade-eval {name} was stopped")

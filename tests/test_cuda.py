@@ -21,8 +21,8 @@ from test_sweep import ask, lens
 from torch import nn
 from zoo import SUPPORTED, byte_tokenizer, random_ids, tiny
 
+from spade_eval.arguments import tasks_path
 from spade_eval.backbone import Backbone
-from spade_eval.cli import tasks_path
 from spade_eval.fit.documents import load_tasks
 from spade_eval.fit.lora_run import finetune
 from spade_eval.fit.lora_settings import LoraSettings

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_lm import build
 from test_sweep import ask, lens
 
-from spade_eval.cli import tasks_path
+from spade_eval.arguments import tasks_path
 from spade_eval.fit import documents
 from spade_eval.fit.run import fit
 from spade_eval.fit.settings import FitSettings

@@ -23,7 +23,8 @@ from lm_eval.evaluator import simple_evaluate
 from test_lm import build, instances, model, task_pairs, text
 from zoo import byte_tokenizer
 
-from spade_eval.cli import main, tasks_path
+from spade_eval.arguments import tasks_path
+from spade_eval.cli import main
 from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.fit.documents import load_tasks, task_manager

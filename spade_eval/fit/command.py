@@ -91,12 +91,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str], tasks_path: Path) -> int:
+def main(argv: list[str]) -> int:
     """Run `spade-eval fit`.
 
     Args:
         argv: The arguments behind "fit".
-        tasks_path: Folder of our own tasks.
     """
     args = parser().parse_args(argv)
     for name, least in (("max_positions", 10), ("epochs", 0), ("rank", 1), ("seed", 0)):
@@ -134,7 +133,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         settings,
         resume=args.resume,
         overwrite=args.overwrite,
-        include_path=include_paths(args, tasks_path),
+        include_path=include_paths(args),
         command=command_line("fit", argv),
     )
     if lm.rank == 0:

@@ -70,12 +70,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str], tasks_path: Path) -> int:
+def main(argv: list[str]) -> int:
     """Run `spade-eval finetune`.
 
     Args:
         argv: The arguments behind "finetune".
-        tasks_path: Folder of our own tasks.
     """
     args = parser().parse_args(argv)
     settings = LoraSettings(
@@ -102,7 +101,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         settings,
         resume=args.resume,
         overwrite=args.overwrite,
-        include_path=include_paths(args, tasks_path),
+        include_path=include_paths(args),
         command=command_line("finetune", argv),
     )
     if PartialState().is_main_process:

@@ -69,12 +69,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str], tasks_path: Path) -> int:
+def main(argv: list[str]) -> int:
     """Run `spade-eval calibrate`.
 
     Args:
         argv: The arguments behind "calibrate".
-        tasks_path: Folder of our own tasks.
 
     Returns:
         0; or 1 if no threshold meets the bound.
@@ -132,7 +131,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         )
     setup_logging()
     names = tuple(args.tasks.split(","))
-    tasks = load_tasks(names, include_paths(args, tasks_path))
+    tasks = load_tasks(names, include_paths(args))
     require_scored(tasks)
     ask = Ask(
         decoders=(kind, "spade") if rule["readout"] == "spade" else (kind,),
@@ -159,7 +158,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
         apply_chat_template=args.apply_chat_template,
     )
     found, curve = calibrate(
-        lm, tasks, settings, command_line("calibrate", argv), include_paths(args, tasks_path)
+        lm, tasks, settings, command_line("calibrate", argv), include_paths(args)
     )
     print(report(found, curve, settings))
     if found is None:

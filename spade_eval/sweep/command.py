@@ -146,12 +146,11 @@ def settings_of(args: argparse.Namespace) -> SweepSettings:
     )
 
 
-def main(argv: list[str], tasks_path: Path) -> int:
+def main(argv: list[str]) -> int:
     """Run `spade-eval sweep`.
 
     Args:
         argv: The arguments behind "sweep".
-        tasks_path: Folder of our own tasks.
     """
     args = parser().parse_args(argv)
     settings = settings_of(args)
@@ -165,7 +164,7 @@ def main(argv: list[str], tasks_path: Path) -> int:
     from spade_eval.sweep.run import sweep
 
     setup_logging()
-    tasks = load_tasks(settings.tasks, include_paths(args, tasks_path))
+    tasks = load_tasks(settings.tasks, include_paths(args))
     require_scored(tasks)
     lm = SweepLM(
         ask=settings.ask,
