@@ -247,11 +247,41 @@ class _Loop:
 
     def _fits(self, lengths: Ints, new: int) -> None:
         longest = int(lengths.max())
+        require_one_range(self.backbone, lengths, new)
         if self.window is not None and longest + new > self.window:
             raise UserError(
                 f"A prompt has {longest} tokens and up to {new} are to follow (max_new_tokens), "
                 f"but {self.backbone.name} takes {self.window} in all. Shorten the prompt or "
                 "generate fewer tokens."
+            )
+
+
+def require_one_range(backbone: Backbone, lengths: Ints, new: int) -> None:
+    """Refuse texts that would begin with one set of rotary frequencies and end with the other.
+
+    Where sequences longer than `original_max_position_embeddings` have frequencies of their own
+    (longrope), the keys before the switch are of no use behind it.
+
+    Args:
+        backbone: The model.
+        lengths: Tokens of each prompt.
+        new: Tokens that are to follow, at most.
+
+    Raises:
+        UserError: Names the length.
+    """
+    rope = getattr(backbone.model.config.get_text_config(), "rope_parameters", None) or {}
+    for part in (rope, *(own for own in rope.values() if isinstance(own, dict))):
+        if part.get("rope_type") != "longrope":
+            continue
+        switch = part["original_max_position_embeddings"]
+        crossing = lengths[(lengths <= switch) & (lengths + new - 1 > switch)]
+        if len(crossing):
+            raise UserError(
+                f"A prompt has {crossing[0]} tokens and up to {new} are to follow, and "
+                f"{backbone.name} (longrope) reads texts of more than {switch} tokens in another "
+                "way than shorter ones: what is kept of the prompt would not fit. Generate fewer "
+                "tokens, or with the model itself (--model hf)."
             )
 
 

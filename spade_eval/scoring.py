@@ -14,6 +14,7 @@ what `--model hf` feeds.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING
 from spade_eval.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 
-ONE_CONTEXT = 8  # a context keeps its answers with it, up to this many sequences' tokens
+ONE_ROW = 8  # sequences whose tokens may share a row whatever the batch size
 FILL = 8  # rows are filled up to crossover / FILL tokens: attention costs 1 / FILL of the rest
 
 
@@ -52,7 +53,9 @@ class Layout:
         packed: Whether branches may share a row; else every sequence has its own.
         window: Longest path from a root to a leaf in a packed row (a sliding window would vanish
             under a 4D mask).
+        widest: Columns of a packed row, at most.
         crossover: Number of keys at which attention costs a token as much as the rest of its layer.
+        quadratic: Whether attention holds a number for every pair of a row's tokens.
         batch_size: Sequences that may run at once; it bounds what a row may hold.
         kept: Token ids that truncation keeps at position 0.
     """
@@ -60,7 +63,9 @@ class Layout:
     max_length: int
     packed: bool = False
     window: int | None = None
+    widest: int = sys.maxsize
     crossover: float = 1024.0
+    quadratic: bool = False
     batch_size: int = 16
     kept: Collection[int] = ()
 
@@ -158,37 +163,72 @@ def feed(request: Request, layout: Layout) -> tuple[tuple[int, ...], bool]:
     return whole[-(layout.max_length + 1) :][:-1], True
 
 
-def plan(requests: Sequence[Request], layout: Layout) -> Plan:
+def plan(
+    requests: Sequence[Request],
+    layout: Layout,
+    *,
+    which: Sequence[int] | None = None,
+    askers: Sequence[Hashable] | None = None,
+) -> Plan:
     """Lay out rows so that every request is read exactly once and nothing shared is computed twice.
+
+    Args:
+        requests: The requests.
+        layout: What a row may hold.
+        which: The numbers of those that are laid out; None is all.
+        askers: Who asks each of the requests. A context is computed once for each asker, if given:
+            two of them never read the same token.
 
     Raises:
         BadRequestError: An empty continuation, or one longer than the model takes.
     """
-    sequences: dict[tuple[int, ...], list[int]] = {}
+    layers: list[dict[tuple[int, ...], list[int]]] = []  # requests by sequence, of different askers
+    known: dict[tuple[int, ...], dict[Hashable, int]] = {}
+    contexts: dict[tuple[int, ...], int] = {}  # tokens of each sequence's context
     truncated = 0
-    for index, request in enumerate(requests):
+    for index in range(len(requests)) if which is None else which:
+        request = requests[index]
         _check(request, index, layout.max_length)
         ids, cut = feed(request, layout)
         truncated += cut
-        sequences.setdefault(ids, []).append(index)
+        contexts[ids] = max(contexts.get(ids, 0), len(ids) + 1 - len(request.continuation))
+        layer = 0
+        if askers is not None:
+            own = known.setdefault(ids[: len(ids) + 1 - len(request.continuation)], {})
+            layer = own.setdefault(askers[index], len(own))
+        while len(layers) <= layer:
+            layers.append({})
+        layers[layer].setdefault(ids, []).append(index)
     rows: list[Row] = []
-    for group in _groups(sorted(sequences), layout):
-        row, path, previous = Row(), list[int](), tuple[int, ...]()
-        for ids in group:
-            path = row.add(ids, path, _common(previous, ids))
-            previous = ids
-            for index in sequences[ids]:
-                targets = requests[index].continuation
-                at = path[-len(targets) :]
-                row.reads.extend((t, target, index) for t, target in zip(at, targets, strict=True))
-        rows.append(row)
+    for sequences in layers:
+        for group in _groups(sorted(sequences), contexts, layout):
+            rows.append(_row(group, sequences, requests))
     if layout.packed:
         rows = _fill(rows, layout)
     rows.sort(key=lambda row: (not row.is_chain, -len(row), row.ids))
     return Plan(rows, truncated)
 
 
-def _groups(ordered: Sequence[tuple[int, ...]], layout: Layout) -> Iterator[list[tuple[int, ...]]]:
+def _row(
+    group: Sequence[tuple[int, ...]],
+    sequences: Mapping[tuple[int, ...], Sequence[int]],
+    requests: Sequence[Request],
+) -> Row:
+    """A row of some sequences, in lexicographic order, and what is read of them."""
+    row, path, previous = Row(), list[int](), tuple[int, ...]()
+    for ids in group:
+        path = row.add(ids, path, _common(previous, ids))
+        previous = ids
+        for index in sequences[ids]:
+            targets = requests[index].continuation
+            at = path[-len(targets) :]
+            row.reads.extend((t, target, index) for t, target in zip(at, targets, strict=True))
+    return row
+
+
+def _groups(
+    ordered: Sequence[tuple[int, ...]], contexts: Mapping[tuple[int, ...], int], layout: Layout
+) -> Iterator[list[tuple[int, ...]]]:
     """Cut the sequences, in lexicographic order, into the rows they will share.
 
     A sequence joins the row of the one before it if that costs less than a row of its own. Sharing
@@ -203,7 +243,7 @@ def _groups(ordered: Sequence[tuple[int, ...]], layout: Layout) -> Iterator[list
         apart = _cost(size, layout) + _cost(len(ids), layout)
         if (
             group
-            and _fits(group[-1], ids, size + new, layout)
+            and _fits(group[-1], ids, size + new, shared >= contexts[ids], layout)
             and _cost(size + new, layout) < apart
         ):
             group.append(ids)
@@ -222,7 +262,7 @@ def _fill(rows: list[Row], layout: Layout) -> list[Row]:
     The tokens of such a row are compared in vain with those of its other trees, which bounds its
     length.
     """
-    capacity = min(int(layout.crossover / FILL), layout.max_length)
+    capacity = min(int(layout.crossover / FILL), layout.max_length, layout.widest)
     filled: list[Row] = []
     free: list[tuple[int, int]] = []  # (room left, index into `filled`), ascending
     for row in sorted(rows, key=lambda row: (-len(row), row.ids)):
@@ -240,11 +280,16 @@ def _fill(rows: list[Row], layout: Layout) -> list[Row]:
     return filled
 
 
-def _fits(before: Sequence[int], ids: Sequence[int], size: int, layout: Layout) -> bool:
+def _fits(
+    before: Sequence[int], ids: Sequence[int], size: int, same_context: bool, layout: Layout
+) -> bool:
     """Whether two neighbours may share a row of `size` tokens."""
     longest = max(len(before), len(ids))
     in_window = layout.window is None or longest <= layout.window
-    small = size <= min(layout.max_length, max(layout.batch_size, ONE_CONTEXT) * longest)
+    several = layout.batch_size
+    if same_context or not layout.quadratic:
+        several = max(several, ONE_ROW)
+    small = size <= min(layout.max_length, layout.widest, several * longest)
     return layout.packed and in_window and small
 
 

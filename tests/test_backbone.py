@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from zoo import FAMILIES, RECURRENT, REFUSED, SUPPORTED, VOCAB, random_ids, tiny
 
@@ -78,6 +79,33 @@ def test_operations_can_be_counted_where_a_gpu_shares_keys_among_heads() -> None
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "bloom", "opt_projected"])
 def test_a_plain_head_can_be_computed_at_some_of_the_vocabulary(family: str) -> None:
     assert Backbone(tiny(family)).narrows
+
+
+class Biased(transformers.LlamaForCausalLM):
+    """Adds to its logits behind the head, by column, as code beside a model may."""
+
+    whole = True  # whether it counts on all columns
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        out = super().forward(*args, **kwargs)
+        bias = torch.linspace(-1, 1, self.config.vocab_size)
+        if self.whole:
+            out.logits = out.logits + bias
+        else:
+            out.logits[..., 5] = -9.0
+        return out
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@torch.no_grad()
+def test_a_head_with_something_behind_it_is_computed_whole(whole: bool) -> None:
+    torch.manual_seed(0)
+    model = Biased(tiny("llama").config).eval()
+    model.whole = whole
+    backbone = Backbone(model)
+    assert not backbone.narrows
+    h, some = torch.randn(3, backbone.width), torch.tensor([5, 9, 2])
+    assert torch.equal(backbone.logits(h, some), backbone.logits(h)[:, some])
 
 
 @pytest.mark.parametrize("case", ["lora", "saved", "hooked"])

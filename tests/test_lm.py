@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from zoo import BYTES, byte_tokenizer, tiny
@@ -44,10 +45,16 @@ def build(cls: type[HFLM], family: str = "llama", **kwargs: Any) -> Any:
     return cls(pretrained=model(family), **kwargs)
 
 
-def instances(pairs: list[tuple[str, ...]], kind: str = "loglikelihood") -> list[Instance]:
+def instances(
+    pairs: list[tuple[str, ...]], kind: str = "loglikelihood", task: str = "task"
+) -> list[Instance]:
+    """One document for each context."""
+    docs = {pair[0]: i for i, pair in reversed([*enumerate(pairs)])}
     return [
-        Instance(request_type=kind, doc={}, arguments=pair, idx=0, metadata=("task", i, 1))
-        for i, pair in enumerate(pairs)
+        Instance(
+            request_type=kind, doc={}, arguments=pair, idx=0, metadata=(task, docs[pair[0]], 1)
+        )
+        for pair in pairs
     ]
 
 
@@ -243,6 +250,25 @@ def test_truncation_keeps_a_special_start_warns_and_is_counted(caplog: Any) -> N
     # Without a special token in front the cut is that of HFLM.
     theirs = build(HFLM).loglikelihood(instances(pairs[:2]))
     close(build(SpadeLayerLM, layer=-1).loglikelihood(instances(pairs[:2])), theirs)
+
+
+def test_rows_are_no_wider_than_a_model_takes_that_scales_by_column() -> None:
+    """Llama 4 scales queries by the column of a row, from `floor_scale` on."""
+    config = transformers.Llama4TextConfig(
+        vocab_size=BYTES, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=512, num_local_experts=2, num_experts_per_tok=1,
+        initializer_range=0.3, no_rope_layers=[1, 0, 1, 0], attention_chunk_size=512,
+        floor_scale=64, attn_scale=1.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    shared = text(random.Random(0), 5)
+    asked = instances([(f"{shared} {w}?", f" {x}") for w in "klmnop" for x in ("yes", "no", "so")])
+    arguments = {"tokenizer": byte_tokenizer(), "max_length": 500, "batch_size": 8}
+    lm = SpadeLayerLM(network, layer=-1, **arguments)
+    close(lm.loglikelihood(asked), HFLM(pretrained=network, **arguments).loglikelihood(asked))
+    assert lm.account.total.requests_packed > 1
 
 
 def test_prefix_token_id_stands_in_for_an_empty_context() -> None:

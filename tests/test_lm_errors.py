@@ -227,7 +227,7 @@ def test_the_largest_batch_size_that_fits(fits: int) -> None:
         if batch.ids.shape[0] > fits:
             out_of_memory()
 
-    found = largest_batch_size(rows, 32, run)
+    found = largest_batch_size(lambda size: rows, 32, run)
     assert found == {1: 1, 3: 3, 40: 32}[fits]
 
 
@@ -238,7 +238,29 @@ def test_another_error_while_the_batch_size_is_sought_is_its_own() -> None:
         raise RuntimeError("expected scalar type Float")
 
     with pytest.raises(RuntimeError, match="scalar type"):
-        largest_batch_size(rows, 32, run)
+        largest_batch_size(lambda size: rows, 32, run)
+
+
+@pytest.mark.usefixtures("little_garbage")
+def test_rows_shrink_with_the_batch_size_that_is_tried() -> None:
+    """A packed row of many questions, made for the largest size, would fit at none."""
+    prefix = tuple(range(3, 53))
+    asked = [scoring.Request((*prefix, q), (a, a)) for q in range(60, 460) for a in (1, 2)]
+    tried = []
+
+    def lay_out(size: int) -> list[scoring.Row]:
+        return scoring.plan(
+            asked, scoring.Layout(9999, packed=True, crossover=1e6, batch_size=size)
+        ).rows
+
+    def run(batch: Batch) -> None:
+        tried.append(batch.ids.size)
+        if batch.ids.size > 8 * 53:
+            out_of_memory()
+
+    found = largest_batch_size(lay_out, 64, run)
+    assert found == 8
+    assert tried[-1] <= 8 * 53 < min(tried[:-1])
 
 
 def test_an_error_does_not_lose_the_account() -> None:

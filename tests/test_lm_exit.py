@@ -20,6 +20,7 @@ from spade_eval.errors import UserError
 from spade_eval.fingerprint import fingerprint
 from spade_eval.lens import LinearLens
 from spade_eval.lens_config import LensConfig
+from spade_eval.lm.cache import KEY
 from spade_eval.lm.exit import LensExitLM, SpadeExitLM
 from spade_eval.lm.layer import LogitLensLM, SpadeLayerLM
 
@@ -387,6 +388,29 @@ def test_answers_that_begin_alike_are_warned_of(
     assert (f"All answers of 3 of 3 contexts {told}" in caplog.text) == warned
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.35, 0.5])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_choices_are_those_of_the_own_task(threshold: float, packed: bool) -> None:
+    """As of TruthfulQA's two: the same questions with other answers, in one call of lm-eval."""
+    contexts = [f"Q: what is {word}?\nA:" for word in ("red", "blue", "old", "cat", "seven")]
+    one = instances([(c, x) for c in contexts for x in "ab"], task="one")
+    two = instances([(c, x) for c in contexts for x in "cdef"], task="two")
+    own = {"confidence": "choice_entropy", "logits_cache": packed}
+    alone = [exit_lm(threshold, **own).loglikelihood(asked) for asked in (one, two)]
+    lm = exit_lm(threshold, **own)
+    together = lm.loglikelihood([*one, *two])
+    assert 0 < lm.account.total.exits[4] < lm.account.total.exits.total()
+    close(together, [*alone[0], *alone[1]])
+
+
+def test_single_choices_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    lm = exit_lm(0.0, confidence="choice_entropy")
+    lm.loglikelihood(instances([("one", "a"), ("two", "b"), ("three", "a"), ("three", "b")]))
+    assert "with one answer" not in caplog.text
+    lm.loglikelihood(instances([("one", "a"), ("two", "b"), ("three", "ba"), ("three", "bc")]))
+    assert "4 of 4 requests have a context with one answer" in caplog.text
+
+
 def test_thresholds_that_never_exit_warn_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         lm = exit_lm(-1)
@@ -441,6 +465,29 @@ def test_a_cache_is_one_settings_own(tmp_path: Path) -> None:
     assert answer(exit_lm())[0] == first
 
 
+def test_a_cache_is_not_shared_by_tasks_that_give_a_context_other_choices(tmp_path: Path) -> None:
+    """A key of the cache is a context and one answer; lm-eval asks for those it does not know."""
+    path = str(tmp_path / "answers.db")
+    first = instances([("abc", "d"), ("abc", "e"), ("xy", "z")])
+    second = instances([("abc", "d"), ("abc", "f")], task="other")
+
+    def answer(asked: list[Any]) -> list[Any]:
+        cached = CachingLM(exit_lm(1.2, confidence="choice_entropy"), path)
+        try:
+            return cached.loglikelihood(asked)
+        finally:
+            cached.dbdict.close()
+
+    found = answer(first)
+    with pytest.raises(UserError, match=r"two tasks.*ask the same with other choices \('abc'\)"):
+        answer(second)
+    assert answer([*first, *instances([("new", "g"), ("new", "h")])])[:3] == found
+    with pytest.raises(UserError, match="ask the same with other choices"):
+        CachingLM(exit_lm(1.2, confidence="choice_entropy"), str(tmp_path / "b.db")).loglikelihood(
+            [*first, *second]
+        )
+
+
 def test_a_killed_run_leaves_whole_contexts_in_the_cache(tmp_path: Path) -> None:
     """The entropy over choices needs them all, and lm-eval asks again for the missing ones only."""
     path = str(tmp_path / "answers.db")
@@ -452,7 +499,7 @@ def test_a_killed_run_leaves_whole_contexts_in_the_cache(tmp_path: Path) -> None
     cached = CachingLM(lm, path)
     with pytest.raises(KeyboardInterrupt):
         cached.loglikelihood(pairs)
-    kept = len(cached.dbdict) - 1  # one entry tells the configuration
+    kept = sum(not str(key).startswith(KEY) for key in cached.dbdict)
     cached.dbdict.close()
     assert kept == 2
     resumed = exit_lm(1.2, **whole)

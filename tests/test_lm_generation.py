@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.evaluator import simple_evaluate
@@ -15,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_lm import MAX_LENGTH, build, text
 from test_lm_exit import lens
-from zoo import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
+from zoo import BYTES, byte_tokenizer
 
 from spade_eval.decoders import Linear, LogitLens, Spade
 from spade_eval.errors import UserError
@@ -47,6 +50,56 @@ def requests(*settings: dict[str, Any], n: int = 4, seed: int = 0, task: str = "
 
 
 # ---------------------------------------------------------------- the model itself
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"prefix_token_id": 2}, {"add_bos_token": False}, {"truncation": True}]
+)
+def test_prompts_are_those_of_hflm(arguments: dict[str, Any]) -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.model_max_length = 20  # of truncation=True
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    asked = [
+        Instance("generate_until", {}, (context, GREEDY), 0, ("task", i, 1))
+        for i, context in enumerate(["abc d", "<bos>abc d", "Q: " + "which of them " * 3])
+    ]
+    given = {"tokenizer": tokenizer, "batch_size": 1, "max_length": 99, **arguments}
+    theirs = build(HFLM, **given).generate_until(asked)
+    assert build(SpadeLayerLM, layer=-1, **given).generate_until(asked) == theirs
+
+
+def test_texts_that_switch_to_other_frequencies_are_refused_before_the_first() -> None:
+    """The keys that longrope gave a prompt of up to 40 tokens are of no use behind the 40th."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 6.0, 8.0, 10.0], "original_max_position_embeddings": 40,
+    }  # fmt: skip
+    config = transformers.Phi3Config(
+        vocab_size=BYTES, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160,
+        original_max_position_embeddings=40, initializer_range=0.3, rope_parameters=rope,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    given = {"tokenizer": byte_tokenizer(), "batch_size": 1, "max_length": 150}
+    lm = SpadeLayerLM(network, layer=-1, **given)
+
+    def asked(*lengths: int) -> list[Instance]:
+        contexts = ["".join(random.Random(n).choices("abcdef ", k=n)) for n in lengths]
+        return [
+            Instance("generate_until", {}, (c, GREEDY), 0, ("t", i, 1))
+            for i, c in enumerate(contexts)
+        ]
+
+    theirs = HFLM(pretrained=network, **given).generate_until(asked(12, 31, 41))
+    assert lm.generate_until(asked(12, 31, 41)) == theirs
+    for length in (32, 40):
+        with pytest.raises(UserError, match=rf"task t: A prompt has {length} .*\(longrope\).* 40"):
+            lm.generate_until(asked(12, length))
+    assert lm.account.total.generated_tokens <= 3 * 10  # those of the first call
 
 
 @pytest.mark.parametrize(("family", "batch_size"), [("llama", 1), ("llama", 4), ("gpt2", 3)])

@@ -23,6 +23,8 @@ layouts = st.builds(
     packed=st.booleans(),
     window=st.one_of(st.none(), st.integers(3, 12)),
     crossover=st.sampled_from([3.0, 50.0, 1e9]),
+    widest=st.sampled_from([10, 99]),
+    quadratic=st.booleans(),
     batch_size=st.sampled_from([1, 4, 99]),
     kept=st.sampled_from([(), (0,)]),
 )
@@ -57,6 +59,7 @@ def test_rows_keep_to_the_layout(asked: list[Request], layout: Layout) -> None:
     assert laid.truncated == sum(feed(r, layout)[1] for r in asked)
     for row in laid.rows:
         assert len(row) <= layout.max_length
+        assert row.is_chain or len(row) <= layout.widest
         assert row.longest == max(row.positions) + 1
         longest = max(row.positions) + 1
         if not row.is_chain:
@@ -102,6 +105,54 @@ def check_masks(batch: Batch) -> None:
     assert (flat[batch.scored].sum(1) == batch.scored_positions + 1).all()
     for b, t in zip(*np.nonzero(~batch.real), strict=True):
         assert np.flatnonzero(mask[b, t]).tolist() == [t], "padding sees itself alone"
+
+
+@given(requests, layouts, st.data())
+def test_askers_never_read_the_same_token_of_a_context(
+    asked: list[Request], layout: Layout, data: st.DataObject
+) -> None:
+    askers = [data.draw(st.integers(0, 2)) for _ in asked]
+    rows = plan(asked, layout, askers=askers).rows
+    read = Counter(index for row in rows for _, _, index in row.reads)
+    assert read == Counter({i: len(r.continuation) for i, r in enumerate(asked)})
+    for row in rows:
+        first: dict[int, int] = {}
+        for at, _, index in row.reads:
+            first[index] = min(at, first.get(index, at))
+        owners: dict[int, int] = {}
+        for index, at in first.items():
+            assert owners.setdefault(at, askers[index]) == askers[index]
+    assert [r.ids for r in plan(asked, layout, askers=[7] * len(asked)).rows] == [
+        r.ids for r in plan(asked, layout).rows
+    ]
+
+
+@given(requests, layouts, st.data())
+def test_some_requests_are_laid_out_alone_under_their_own_numbers(
+    asked: list[Request], layout: Layout, data: st.DataObject
+) -> None:
+    which = [i for i in range(len(asked)) if data.draw(st.booleans())]
+    found = plan(asked, layout, which=which).rows
+    alone = plan([asked[i] for i in which], layout).rows
+    assert [row.ids for row in found] == [row.ids for row in alone]
+    assert [row.reads for row in found] == [
+        [(at, target, which[index]) for at, target, index in row.reads] for row in alone
+    ]
+
+
+def test_eager_attention_keeps_questions_apart_below_their_batch_size() -> None:
+    prefix = tuple(range(10, 60))
+    asked = [Request((*prefix, q), (a, a)) for q in range(4) for a in (1, 2)]
+    rows = {
+        (size, quadratic): sorted(
+            len(row) for row in plan(
+                asked, Layout(999, packed=True, crossover=1e6, batch_size=size, quadratic=quadratic)
+            ).rows
+        )
+        for size in (1, 8) for quadratic in (False, True)
+    }  # fmt: skip
+    assert rows[1, True] == [53] * 4
+    assert rows[1, False] == rows[8, False] == rows[8, True] == [50 + 4 * 3]
 
 
 @given(requests, layouts)

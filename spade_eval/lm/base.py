@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,20 +27,22 @@ from spade_eval.generation import check
 from spade_eval.lm import generation
 from spade_eval.lm.cache import Partial, configuration, guard
 from spade_eval.lm.loading import LoadedLM
-from spade_eval.lm.memory import fitting, largest_batch_size
+from spade_eval.lm.memory import fitting, largest_batch_size, parts
 from spade_eval.lm.pages import token_windows
 from spade_eval.lm.requests import place, source_of
-from spade_eval.lm.windows import may_pack, window
+from spade_eval.lm.windows import may_pack, widest, window
 from spade_eval.tally import Prices, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from spade_eval.answers import Answers
     from spade_eval.batching import Ints
     from spade_eval.generation import Generated
+    from spade_eval.lm.memory import LayOut
     from spade_eval.lm.requests import TokenRequest
     from spade_eval.policy import Policy
+    from spade_eval.scoring import Row
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +88,10 @@ class SpadeLM(LoadedLM):
     def _prices(self, head: float) -> Prices:
         """What heads and checks cost, given a head's price in token-layers."""
         return Prices(self.backbone.n_layers, head)
+
+    def _askers(self) -> list[Hashable] | None:
+        """Who asks each request of a call, if decisions depend on it; see `scoring.plan`."""
+        return None
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
         """Look at all requests of a call before the first batch."""
@@ -135,10 +142,11 @@ class SpadeLM(LoadedLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         self._ahead = None  # all texts are tokens now
-        plan = scoring.plan(
-            [scoring.Request(tuple(context), tuple(cont)) for _, context, cont in requests],
-            self.layout,
-        )
+        if len(self._source.tasks) != len(requests):  # called with token ids, not by lm-eval
+            self._source = Source(["unknown"] * len(requests), np.ones(len(requests), dtype=bool))
+        asked = [scoring.Request(tuple(context), tuple(cont)) for _, context, cont in requests]
+        layout, askers = self.layout, self._askers()
+        plan = scoring.plan(asked, layout, askers=askers)
         if plan.truncated:
             self.account.truncated_requests += plan.truncated
             log.warning(
@@ -146,8 +154,6 @@ class SpadeLM(LoadedLM):
                 "the results carry the count.",
                 plan.truncated, len(requests), self.max_length,
             )  # fmt: skip
-        if len(self._source.tasks) != len(requests):  # called with token ids, not by lm-eval
-            self._source = Source(["unknown"] * len(requests), np.ones(len(requests), dtype=bool))
         self._prepare(requests)
         sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
         bar = tqdm(
@@ -155,14 +161,19 @@ class SpadeLM(LoadedLM):
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
-        partial = Partial(self.cache_hook, requests, whole_contexts=self._needs_whole_contexts)
-        for batch, answers in self._answered(self._batches(plan, override_bs)):
+        cached = Partial(self.cache_hook, requests, whole_contexts=self._needs_whole_contexts)
+
+        def lay_out(which: Sequence[int], size: int) -> list[Row]:
+            smaller = replace(layout, batch_size=size)
+            return scoring.plan(asked, smaller, which=which, askers=askers).rows
+
+        for batch, answers in self._answered(self._batches(plan.rows, lay_out, override_bs)):
             np.add.at(sums, batch.requests, answers.logprobs)
             np.logical_and.at(greedy, batch.requests, answers.greedy)
             # A request lies in one batch: what is done survives a kill in --use_cache.
             done = np.unique(batch.requests).tolist()
             for index in done:
-                partial.add(index, (float(sums[index]), bool(greedy[index])))
+                cached.add(index, (float(sums[index]), bool(greedy[index])))
             bar.update(len(done))
         bar.close()
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
@@ -195,39 +206,32 @@ class SpadeLM(LoadedLM):
             max_length=self.max_length,
             packed=self.logits_cache and self.backbone.packs and may_pack(config),
             window=window(config),
+            widest=widest(config),
             crossover=self.backbone.crossover,
+            quadratic=getattr(config, "_attn_implementation", "") == "eager",
             batch_size=int(self.max_batch_size if auto else self.batch_size),
             kept=frozenset(self.tokenizer.all_special_ids),
         )
 
-    def _batches(self, plan: scoring.Plan, fixed: int | None) -> Iterator[Batch]:
+    def _batches(self, rows: Sequence[Row], lay_out: LayOut, fixed: int | None) -> Iterator[Batch]:
         """Batches of the size that the user gave; "auto" finds it, "auto:N" does so N times."""
         most = min(self.backbone.most_tokens, self.most_tokens_in_batch)
         if fixed or self.batch_size != "auto":
-            yield from map(collate, cut(plan.rows, int(fixed or self.batch_size), most))
+            yield from map(collate, cut(rows, int(fixed or self.batch_size), most))
             return
-        parts = max(1, int(self.batch_schedule))
-        size = -(-len(plan.rows) // parts)
+        largest = int(self.max_batch_size)
         self.batch_sizes = {}
-        for part in range(parts):
-            rows = plan.rows[part * size : (part + 1) * size]
-            if rows:
-                self.batch_sizes[part] = self._probe_batch_size(rows)
-                yield from map(collate, cut(rows, self.batch_sizes[part], most))
-
-    def _probe_batch_size(self, rows: Sequence[scoring.Row]) -> int:
-        """The largest size at which the largest batch fits into memory.
-
-        Ranks need not agree: each runs its own batches.
-        """
-        if self.device.type == "cpu":  # no allocator there that fails before the machine does
-            return int(self.max_batch_size)
-
-        size = largest_batch_size(
-            rows, int(self.max_batch_size), lambda batch: self._run([batch], Account())
-        )
-        log.info("batch_size=auto: %d", size)
-        return size
+        for part, some in enumerate(parts(rows, int(self.batch_schedule))):
+            requests = sorted({request for row in some for _, _, request in row.reads})
+            size = largest
+            if self.device.type != "cpu":  # no allocator there that fails before the machine does
+                # Ranks need not agree: each runs its own batches.
+                tried = partial(lay_out, requests)
+                size = largest_batch_size(tried, largest, lambda b: self._run([b], Account()))
+                log.info("batch_size=auto: %d", size)
+            self.batch_sizes[part] = size
+            again = some if size == largest else lay_out(requests, size)
+            yield from map(collate, cut(again, size, most))
 
     def _answered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Answers]]:
         """Score batches, as many side by side as together have `most_tokens_at_once`."""

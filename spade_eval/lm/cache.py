@@ -5,6 +5,7 @@ Without it, a run at another layer, threshold or model would be answered from th
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from spade_eval.errors import UserError, differences
 from spade_eval.fingerprint import adapter_fingerprint, config_digest, weights_digest
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
     from spade_eval.lm.requests import TokenRequest
 
@@ -41,6 +42,38 @@ def guard(responses: MutableMapping[str, Any], configuration: dict[str, object])
             "Give another --use_cache path, one per configuration."
         )
     responses[KEY] = configuration
+
+
+def claim_choices(
+    responses: MutableMapping[str, Any],
+    requests: Sequence[TokenRequest],
+    choices: Mapping[int, Sequence[int]],
+) -> None:
+    """Note which choices each context has, and make sure that they are all it ever had.
+
+    A key of the cache is a context and one answer, but under `choice_entropy` an answer depends on
+    the others: those of another task with the same contexts would be taken for this one's.
+
+    Args:
+        responses: The cache.
+        requests: Those that it has no answers to.
+        choices: For each the first tokens of its context's continuations.
+
+    Raises:
+        UserError: A context has had other choices.
+    """
+    for index, (texts, context, _) in enumerate(requests):
+        if texts is None:
+            continue
+        key = f"{KEY}:choices:{hashlib.sha256(str(context).encode()).hexdigest()}"
+        own = sorted(choices[index])
+        if responses.get(key, own) != own:
+            raise UserError(
+                "confidence=choice_entropy with --use_cache: two tasks, or two documents, ask the "
+                f"same with other choices ({texts[0][-60:]!r}), and their answers cannot be told "
+                "apart in one file. Give each task a --use_cache path of its own, or none."
+            )
+        responses[key] = own
 
 
 class Partial:

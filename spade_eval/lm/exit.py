@@ -16,13 +16,19 @@ from spade_eval.decoders import Linear, LogitLens, Positions, Spade
 from spade_eval.errors import UserError
 from spade_eval.exits import ExitRule, Readout, Scope
 from spade_eval.lm.base import SpadeLM, log
+from spade_eval.lm.cache import claim_choices
 from spade_eval.lm.exit_log import ExitLog, writable
-from spade_eval.lm.requests import first_tokens, warn_of_shared_beginnings
+from spade_eval.lm.requests import (
+    askers,
+    first_tokens,
+    warn_of_shared_beginnings,
+    warn_of_single_choices,
+)
 from spade_eval.policy import Policy
 from spade_eval.trace import Trace, score, score_with_exits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -187,7 +193,13 @@ class SpadeExitLM(SpadeLM):
             warn_of_shared_beginnings(requests)
         if self.rule.confidence != "choice_entropy":
             return
-        self._choices = first_tokens(requests)
+        self._choices = first_tokens(requests, self._askers())
+        warn_of_single_choices(self._choices, self.rule.confidence)
+        if self.cache_hook.dbdict is not None:
+            claim_choices(self.cache_hook.dbdict, requests, self._choices)
+
+    def _askers(self) -> list[Hashable] | None:
+        return askers(self._instances) if self.rule.confidence == "choice_entropy" else None
 
     @property
     def _needs_whole_contexts(self) -> bool:  # type: ignore[override]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from spade_eval.errors import UserError
-from spade_eval.generation import Generated, generate, refuse
+from spade_eval.generation import Generated, generate, refuse, require_one_range
 from spade_eval.lm.memory import fitting
 
 if TYPE_CHECKING:
@@ -106,12 +106,14 @@ def generate_until(
         UserError: A task's settings are not valid; names the task.
     """
     begin = time.perf_counter()
-    for request in requests:
-        try:
-            Settings.parse(lm, request.args[1])
+    contexts = [lm.context_ids(request.args[0]) for request in requests]
+    for request, context in zip(requests, contexts, strict=True):
+        try:  # before the first text is generated
+            new = Settings.parse(lm, request.args[1]).new
+            left = min(len(context), lm.max_length - new)
+            require_one_range(lm.backbone, np.array([left]), new)
         except UserError as err:
             raise UserError(f"task {request.task_name}: {err}") from err
-    contexts = [lm.context_ids(request.args[0]) for request in requests]
     texts: list[str] = [""] * len(requests)
     bar = tqdm(
         total=len(requests),

@@ -150,5 +150,12 @@ class LoadedLM(HFLM):
         return [bos, *ids] if self.add_bos_token and ids[0] != bos else ids
 
     def context_ids(self, context: str) -> list[int]:
-        """The tokens that generation begins with, at least one; as in scoring."""
-        return self._with_bos(self.tok_encode(context) or [self.prefix_token_id])
+        """The tokens that generation begins with, at least one.
+
+        HFLM's generation looks for the text of the BOS token, its scoring for that of the prefix.
+        """
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        if self.tokenizer.bos_token and context.startswith(self.tokenizer.bos_token):
+            special = {"add_special_tokens": False}
+        ids = self.tokenizer.encode(context, truncation=self.truncation, **special)
+        return self._with_bos(ids or [self.prefix_token_id])

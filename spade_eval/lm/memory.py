@@ -16,12 +16,29 @@ if TYPE_CHECKING:
 
     from spade_eval.scoring import Row
 
+    LayOut = Callable[[Sequence[int], int], list[Row]]
+    """From the numbers of requests and a batch size to rows: those of a smaller one are shorter."""
 
-def largest_batch_size(rows: Sequence[Row], most: int, run: Callable[[Batch], object]) -> int:
-    """The largest size, up to `most`, at which the largest batch of these rows can be run."""
+
+def parts(rows: Sequence[Row], n: int) -> Iterator[Sequence[Row]]:
+    """The rows in at most n parts of one size, from 1 up, and what is left."""
+    each = max(1, -(-len(rows) // max(1, n)))
+    return (rows[first : first + each] for first in range(0, len(rows), each))
+
+
+def largest_batch_size(
+    laid_out: Callable[[int], Sequence[Row]], most: int, run: Callable[[Batch], object]
+) -> int:
+    """The largest size, up to `most`, at which the largest batch can be run.
+
+    Args:
+        laid_out: The rows at a size.
+        most: The first size that is tried.
+        run: Runs a batch.
+    """
 
     def attempt(batch_size: int) -> int:
-        run(collate(max(cut(rows, batch_size), key=footprint)))
+        run(collate(max(cut(laid_out(batch_size), batch_size), key=footprint)))
         return batch_size
 
     # Shrinks the size whenever memory runs out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from spade_eval.tally import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,44 @@ def place(request: Any) -> str:
     return f"task {request.task_name}, document {request.doc_id}"
 
 
-def first_tokens(requests: Sequence[TokenRequest]) -> dict[int, list[int]]:
-    """For each request the first tokens of its context's continuations, each once."""
-    first: dict[tuple[int, ...], dict[int, None]] = {}
-    for _, context, continuation in requests:
-        first.setdefault(tuple(context), {})[continuation[0]] = None
-    return {i: list(first[tuple(c)]) for i, (_, c, _) in enumerate(requests)}
+def askers(instances: Sequence[Any]) -> list[Hashable] | None:
+    """Whose answers are compared with each other: those of one document of one task.
+
+    Two tasks may ask the same with other choices, as TruthfulQA's do. None where nobody is known.
+    """
+    return [(str(i.task_name), i.doc_id) for i in instances] or None
+
+
+def first_tokens(
+    requests: Sequence[TokenRequest], asked_by: Sequence[Hashable] | None = None
+) -> dict[int, list[int]]:
+    """For each request the first tokens of its context's continuations, each once.
+
+    Args:
+        requests: The requests.
+        asked_by: See `askers`.
+    """
+    of = [(who, tuple(c)) for who, (_, c, _) in zip(asked_by or repeat(None), requests)]  # noqa: B905 - endless
+    first: dict[Hashable, dict[int, None]] = {}
+    for own, (_, _, continuation) in zip(of, requests, strict=True):
+        first.setdefault(own, {})[continuation[0]] = None
+    return {i: list(first[own]) for i, own in enumerate(of)}
+
+
+def warn_of_single_choices(choices: Mapping[int, Sequence[int]], name: str) -> None:
+    """Say so where a measure over a context's choices finds one choice alone.
+
+    Args:
+        choices: What `first_tokens` finds.
+        name: The measure.
+    """
+    alone = sum(len(own) == 1 for own in choices.values())
+    if alone > len(choices) / 2:
+        log.warning(
+            "%d of %d requests have a context with one answer, or with answers that begin alike: "
+            "%s is 0 there, and exits at the first candidate. Use confidence=entropy.",
+            alone, len(choices), name,
+        )  # fmt: skip
 
 
 def warn_of_shared_beginnings(requests: Sequence[TokenRequest]) -> None:

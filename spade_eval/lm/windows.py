@@ -2,11 +2,13 @@
 
 A packed row brings its own 4D mask, which replaces the model's. transformers builds two kinds of
 windows into masks: they vanish, so no path in a packed row may be longer. Any other window is
-applied inside attention, to the distance between columns of the row, and forbids packing.
+applied inside attention, to the distance between columns of the row, and forbids packing; what
+scales by the column alone bounds the row.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 IN_MASKS = ("sliding_window", "attention_chunk_size")
@@ -16,6 +18,15 @@ NO_WINDOWS = ("use_sliding_window", "max_window_layers")  # switches beside a wi
 def window(config: Any) -> int | None:
     """The shortest window that transformers builds into masks, in tokens; None if there is none."""
     return min((w for name in IN_MASKS if (w := getattr(config, name, None))), default=None)
+
+
+def widest(config: Any) -> int:
+    """The most columns that a packed row may have.
+
+    Some models scale queries by the column that they stand in, from `floor_scale` on.
+    """
+    scales = getattr(config, "attn_temperature_tuning", False)
+    return int(config.floor_scale) - 1 if scales else sys.maxsize
 
 
 def may_pack(config: Any) -> bool:

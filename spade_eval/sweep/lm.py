@@ -15,7 +15,7 @@ from spade_eval.decisions import decide
 from spade_eval.decoders import Spade
 from spade_eval.errors import UserError
 from spade_eval.lm.base import SpadeLM
-from spade_eval.lm.requests import first_tokens
+from spade_eval.lm.requests import askers, first_tokens
 from spade_eval.sweep.batch import Found, Reader, watched
 from spade_eval.sweep.collected import Call, Collected
 from spade_eval.sweep.contexts import by_document
@@ -23,7 +23,7 @@ from spade_eval.sweep.exits import Exits, decided_values, exit_layers, follow
 from spade_eval.sweep.grid import DECODERS, IDENTITY, LENSES, Ask, Exit, Grid, Reading, grid, key
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -116,13 +116,20 @@ class SweepLM(SpadeLM):
         return [found[id(request)] for request in requests]
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
-        asked = any(e.rule.confidence == "choice_entropy" for e in self.grid.exits)
-        self._choices = first_tokens(requests) if asked and not self._whole_texts else {}
+        wanted = self._compares_choices and not self._whole_texts
+        self._choices = first_tokens(requests, self._askers()) if wanted else {}
         if self.collected is not None:
             shape = (len(self.grid.readings) + len(self.grid.exits), len(requests))
             self.collected.calls.append(
                 Call(self._instances, np.zeros(shape), np.ones(shape, dtype=bool))
             )
+
+    @property
+    def _compares_choices(self) -> bool:
+        return any(e.rule.confidence == "choice_entropy" for e in self.grid.exits)
+
+    def _askers(self) -> list[Hashable] | None:
+        return askers(self._instances) if self._compares_choices else None
 
     def scope(self, exit_: Exit) -> Scope:
         """Where an exit's decisions are taken in the requests at hand."""
