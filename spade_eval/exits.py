@@ -118,7 +118,7 @@ class ExitRule:
         confidence: What is compared with T.
         interval: Candidate layers are its multiples.
         min_layer: The first layer that may be one; None is ceil(L / 2).
-        scope: What decides together: all continuations of a context, each token, each request.
+        exit_scope: What decides together: all continuations of a context, each token, each request.
         readout: What answers after an exit: the two-token tail, or the lens of the check itself.
 
     Raises:
@@ -129,20 +129,21 @@ class ExitRule:
     confidence: Name = "entropy"
     interval: int = 2
     min_layer: int | None = None
-    scope: Scope = "context"
+    exit_scope: Scope = "context"
     readout: Readout = "spade"
 
     def __post_init__(self) -> None:
         for argument, value, valid in (
             ("confidence", self.confidence, get_args(Name)),
-            ("exit_scope", self.scope, get_args(Scope)),
+            ("exit_scope", self.exit_scope, get_args(Scope)),
             ("readout", self.readout, get_args(Readout)),
         ):
             require_known(argument, value, valid)
-        if self.confidence == "choice_entropy" and self.scope != "context":
+        if self.confidence == "choice_entropy" and self.exit_scope != "context":
             raise UserError(
-                f"confidence=choice_entropy asks which choice follows a context; exit_scope="
-                f"{self.scope} decides elsewhere. Leave exit_scope out, or use confidence=entropy."
+                "confidence=choice_entropy asks which choice follows a context; exit_scope="
+                f"{self.exit_scope} decides elsewhere. Leave exit_scope out, or use "
+                "confidence=entropy."
             )
         # lm-eval's command line may give 2 as 2.0 and inf as a string; from here on they are what
         # the annotations say.
@@ -178,7 +179,7 @@ class ExitRule:
             "confidence": self.confidence,
             "interval": self.interval,
             "min_layer": self.min_layer,
-            "exit_scope": self.scope,
+            "exit_scope": self.exit_scope,
             "readout": self.readout,
         }
 

@@ -57,7 +57,7 @@ def measure(
         logits = backbone.logits(aligned[first : first + rows])  # (U', V)
         values.append(rule.measure(logits))
         here = np.arange(*np.searchsorted(read_at, (first, first + rows)))
-        if len(here) and rule.scope != "request":  # where no position decides alone
+        if len(here) and rule.exit_scope != "request":  # where no position decides alone
             here = here[rule.confident(values[-1]).cpu().numpy()[read_at[here] - first]]
         if len(here):
             distinct, of = np.unique(read_at[here] - first, return_inverse=True)

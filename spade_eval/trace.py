@@ -110,7 +110,7 @@ def score_with_exits(
             `choice_entropy`.
         softmax_dtype: The log-softmax is computed in this type.
     """
-    climbs = [Climb(backbone, batch, rule.scope) for batch in batches]
+    climbs = [Climb(backbone, batch, rule.exit_scope) for batch in batches]
     by_choice = rule.confidence == "choice_entropy"
     itself = decoder == Linear(lens) and not by_choice  # what leaves is answered by its check
     for layer in (*rule.candidates(backbone.n_layers, lens.available), backbone.n_layers):

@@ -149,7 +149,7 @@ def test_the_default_model_exits_as_in_scoring(
     assert run is not None
     assert policy.rule is not None
     assert policy.lens is not None
-    rule = ExitRule(3.0, scope="token")
+    rule = ExitRule(3.0, exit_scope="token")
     asked_for = [
         Request(tuple(tokenizer.encode(text)), tuple(new)) for text, new in zip(PROMPTS, run.tokens, strict=True)
     ]  # fmt: skip

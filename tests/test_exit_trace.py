@@ -211,7 +211,9 @@ def test_every_read_exits_where_the_loop_says_and_answers_as_spade_does_there(
         thresholds = midways([float(h) for s in seen.values() if s is not None for h in s], 5)
         layers = set()
         for packed, threshold in enumerate(thresholds):
-            found = run(asked, family, rule(threshold, scope=scope), lens, packed=packed % 2 == 0)
+            found = run(
+                asked, family, rule(threshold, exit_scope=scope), lens, packed=packed % 2 == 0
+            )
             for key, read in found.items():
                 expected = naive_layer(seen[key], threshold)
                 assert read.layer == expected
@@ -235,7 +237,7 @@ def test_a_check_that_answers_says_what_the_map_and_the_head_say(
     thresholds = (2.0, 2.6, 3.2) if confidence == "entropy" else (0.5, 0.35, 0.2)
     blocks = ((1, True), (3, False), (1000, True))
     for threshold, (rows, packed) in zip(thresholds, blocks, strict=True):
-        exits = rule(threshold, scope=scope, confidence=confidence)
+        exits = rule(threshold, exit_scope=scope, confidence=confidence)
         monkeypatch.setattr(Backbone, "logits_rows", lambda *_, rows=rows: rows)
         ours = run(asked, family, exits, lens, Linear(lens), packed)
         theirs = run(asked, family, exits, lens, again, packed)
@@ -257,7 +259,7 @@ def _at(batch: Batch, family: str, layer: int) -> list[tuple[Key, float]]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
 def test_an_infinite_threshold_is_spade_at_the_first_candidate(family: str, scope: Any) -> None:
     asked = questions(1)
-    exits = rule(float("inf"), scope=scope, min_layer=2)
+    exits = rule(float("inf"), exit_scope=scope, min_layer=2)
     for packed in (True, False):
         found = run(asked, family, exits, packed=packed)
         for batch in batches(asked, family, packed):
@@ -294,10 +296,10 @@ def test_the_lens_may_answer_itself(family: str, given: str) -> None:
     ]  # fmt: skip
     entropies = [naive_entropy(x) for x in logits]
     (threshold,) = midways([float(h) for e in entropies for h in e.ravel()], 1)
-    for exits in (rule(threshold), rule(threshold, scope="token")):
+    for exits in (rule(threshold), rule(threshold, exit_scope="token")):
         found = run(asked, family, exits, lens, Linear(lens))
         for (i, position), read in found.items():
-            seen = values(asked[i], exits.scope, position, entropies[i])
+            seen = values(asked[i], exits.exit_scope, position, entropies[i])
             assert read.layer == naive_layer(seen, threshold)
             row = full[i] if read.layer == 4 or position == 0 else logits[i][read.layer - 1]
             token = (asked[i].context + asked[i].continuation)[position + 1]
@@ -357,7 +359,7 @@ def test_exit_layers_do_not_increase_with_the_threshold(family: str, scope: Any)
     before: dict[Key, Read] | None = None
     depths = []
     for threshold in (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, float("inf")):
-        found = run(questions(5), family, rule(threshold, scope=scope))
+        found = run(questions(5), family, rule(threshold, exit_scope=scope))
         if before is not None:
             assert all(found[key].layer <= before[key].layer for key in found)
         before = found
@@ -383,7 +385,7 @@ contexts = st.one_of(shared, st.tuples(shared, tokens).map(lambda pair: pair[0] 
 def test_a_decision_depends_on_nothing_but_its_request(
     asked: list[Request], family: str, scope: Any, threshold: float, packed: bool, batch_size: int
 ) -> None:
-    exits, lens = rule(threshold, scope=scope), maps(family)
+    exits, lens = rule(threshold, exit_scope=scope), maps(family)
     together = run(asked, family, exits, lens, packed=packed, batch_size=batch_size)
     for i, request in enumerate(asked):
         alone = run([request], family, exits, lens, packed=False, batch_size=1)
@@ -441,7 +443,7 @@ def test_layers_see_only_what_has_not_left(family: str, scope: Any) -> None:
     left_out = 0
     for packed, batch_size, threshold in itertools.product((True, False), (1, 4), (1.5, 2.2, 3.0)):
         for batch in batches(asked, family, packed, batch_size):
-            trace, lane, tail = watched(batch, family, rule(threshold, scope=scope), Spade())
+            trace, lane, tail = watched(batch, family, rule(threshold, exit_scope=scope), Spade())
             who = trace.decisions
             first = batch.scored_positions[who.member_at] == 0
             layers = trace.exit_layers[who.member_of][~first]
@@ -493,7 +495,7 @@ def test_position_0_keeps_nothing_in_the_lane() -> None:
 def test_checks_are_counted_as_they_are_made() -> None:
     (batch,) = batches(questions(7), "llama", True, 64)
     for scope in SCOPES:
-        trace, _, _ = watched(batch, "llama", rule(2.0, scope=scope), Spade())
+        trace, _, _ = watched(batch, "llama", rule(2.0, exit_scope=scope), Spade())
         who = trace.decisions
         positions = np.bincount(who.check_of, minlength=who.count)
         made = np.where(trace.exit_layers == 4, 3, trace.exit_layers)  # candidates are 1, 2, 3
@@ -521,7 +523,7 @@ def test_a_position_is_measured_once_for_all_that_look_at_it() -> None:
     (batch,) = batches(asked, "llama", True, 64)
     assert len(batch.scored) == 1
     for threshold, layer in ((0.01, 4), (99.0, 1)):
-        trace, seen = heads(batch, "llama", rule(threshold, scope="request"), Spade())
+        trace, seen = heads(batch, "llama", rule(threshold, exit_scope="request"), Spade())
         assert trace.exit_layers.tolist() == [layer] * 4
         assert seen == [1] * (3 if layer == 4 else 1) + [1], "each check, and the answer"
         assert trace.checked.tolist() == [3 if layer == 4 else 1] * 4
@@ -535,7 +537,7 @@ def test_a_check_that_answers_needs_no_head_again(packed: bool, scope: Any) -> N
     asked, lens, kept = questions(9), maps("llama"), 0
     (batch, *_) = batches(asked, "llama", packed, 64)
     for threshold in (2.0, 2.6, 99.0):
-        exits = rule(threshold, scope=scope)
+        exits = rule(threshold, exit_scope=scope)
         trace, seen = heads(batch, "llama", exits, Linear(lens))
         _, asks = heads(batch, "llama", exits, Linear(copy.deepcopy(lens)))
         who, layers = trace.decisions, trace.exit_layers
@@ -556,7 +558,7 @@ def test_no_block_of_logits_is_larger_than_it_may_be(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Backbone, "logits_rows", lambda *_: 2)
     (batch, *_) = batches(questions(9), "llama", True, 64)
     for decoder in (Spade(), Linear(maps("llama"))):
-        _, seen = heads(batch, "llama", rule(2.6, scope="token"), decoder)
+        _, seen = heads(batch, "llama", rule(2.6, exit_scope="token"), decoder)
         assert max(seen) == 2
         assert len(seen) > 9
 

@@ -223,7 +223,7 @@ def test_whole_floats_become_ints() -> None:
         ),
         ({"confidence": None}, ["confidence=None", "max_prob"]),
         (
-            {"scope": "tokens"},
+            {"exit_scope": "tokens"},
             ["exit_scope='tokens'", "context, token, request", "Did you mean 'token'?"],
         ),
         ({"readout": "Spade"}, ["readout='Spade'", "spade, lens", "Did you mean 'spade'?"]),
@@ -273,6 +273,8 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize("threshold", [0.7, math.inf, -math.inf])
 def test_the_description_is_strict_json_and_makes_the_same_rule(threshold: float) -> None:
-    rule = ExitRule(threshold, "max_prob", interval=3, min_layer=6, scope="token", readout="lens")
+    rule = ExitRule(
+        threshold, "max_prob", interval=3, min_layer=6, exit_scope="token", readout="lens"
+    )
     settings = json.loads(json.dumps(rule.describe(), allow_nan=False))
-    assert ExitRule(scope=settings.pop("exit_scope"), **settings) == rule
+    assert ExitRule(exit_scope=settings.pop("exit_scope"), **settings) == rule

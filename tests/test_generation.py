@@ -54,7 +54,7 @@ def prompts(lengths: tuple[int, ...], seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def rule(threshold: float, **kwargs: Any) -> ExitRule:
-    return ExitRule(threshold, **({"interval": 1, "min_layer": 1, "scope": "token"} | kwargs))
+    return ExitRule(threshold, **({"interval": 1, "min_layer": 1, "exit_scope": "token"} | kwargs))
 
 
 def exits(family: str, threshold: float, decoder: Decoder | None = None, **kwargs: Any) -> Policy:
@@ -658,7 +658,7 @@ def test_prompts_that_cannot_be_continued_are_named() -> None:
 
 def test_generated_text_has_no_choices() -> None:
     with pytest.raises(UserError, match="choice_entropy needs answer choices"):
-        exits("llama", 1.0, confidence="choice_entropy", scope="context")
+        exits("llama", 1.0, confidence="choice_entropy", exit_scope="context")
 
 
 class Broken(torch.nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,10 +44,8 @@ if TYPE_CHECKING:
 
 
 RARE = 0.05  # of decisions: with fewer exits the checks cost more than the exits save
-DEFAULTS: dict[str, Any] = {
-    "interval": 2, "min_layer": None, "confidence": "entropy", "exit_scope": "context",
-    "positions": "reset",
-}  # fmt: skip
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(ExitRule) if f.name != "threshold"}
+DEFAULTS["positions"] = "reset"  # of the tail's pairs
 
 
 class SpadeExitLM(SpadeLM):
@@ -114,7 +112,7 @@ class SpadeExitLM(SpadeLM):
             chosen["threshold"] = threshold
         self._positions = chosen.pop("positions")
         spade = Spade(positions=self._positions)
-        self.rule = ExitRule(scope=chosen.pop("exit_scope"), **chosen)
+        self.rule = ExitRule(**chosen)
         self._lens_name = lenses.called(lens)
         self._loaded = lenses.load(lens, pretrained is None, self.name)
         log_path = None if exit_log is None else writable(exit_log)
@@ -162,7 +160,7 @@ class SpadeExitLM(SpadeLM):
                 f"{tasks}: confidence=choice_entropy needs answer choices, and whole texts have "
                 "none. Use confidence=entropy."
             )
-        self._rule = replace(self.rule, scope="token")
+        self._rule = replace(self.rule, exit_scope="token")
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
@@ -189,7 +187,7 @@ class SpadeExitLM(SpadeLM):
             # Of several processes each has some documents, and a cache keeps known ones back.
             whole = self.world_size == 1 and self.cache_hook.dbdict is None
             self._calibration.require_tasks(set(self._source.tasks), whole)
-        if self._rule.scope == "context" and not self.rule.never:
+        if self._rule.exit_scope == "context" and not self.rule.never:
             warn_of_shared_beginnings(requests)
         if self.rule.confidence != "choice_entropy":
             return
@@ -255,7 +253,7 @@ class SpadeExitLM(SpadeLM):
     def _full_depth(self, batch: Batch, dtype: torch.dtype) -> Trace:
         """What a threshold that nothing can meet comes to."""
         n_layers = self.backbone.n_layers
-        who = decide(batch, self._rule.scope)
+        who = decide(batch, self._rule.exit_scope)
         return Trace(
             answers=score(self.backbone, batch, LogitLens(), n_layers, dtype),
             decisions=who,

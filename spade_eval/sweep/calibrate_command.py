@@ -108,13 +108,9 @@ def main(argv: list[str]) -> int:
     model_args = model_arguments(args)
     if "threshold" in model_args:
         raise UserError("--model_args threshold=...: it is what will be found. Leave it out.")
-    rule = {**DEFAULTS, "readout": "spade"}
-    rule |= {name: model_args.pop(name) for name in list(rule) if name in model_args}
+    rule = DEFAULTS | {name: model_args.pop(name) for name in DEFAULTS if name in model_args}
     # The rule's own checks, and numbers as it writes them.
-    checked = ExitRule(
-        0.0, rule["confidence"], rule["interval"], rule["min_layer"], rule["exit_scope"],
-        rule["readout"],
-    )  # fmt: skip
+    checked = ExitRule(0.0, **{name: rule[name] for name in rule if name != "positions"})
     rule |= {"interval": checked.interval, "min_layer": checked.min_layer}
     lens = model_args.pop("lens", None)
     identity = lens == "identity"

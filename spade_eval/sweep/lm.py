@@ -133,7 +133,7 @@ class SweepLM(SpadeLM):
 
     def scope(self, exit_: Exit) -> Scope:
         """Where an exit's decisions are taken in the requests at hand."""
-        return "token" if self._whole_texts else exit_.rule.scope
+        return "token" if self._whole_texts else exit_.rule.exit_scope
 
     def _score(self, batches: Sequence[Batch], account: Account) -> list[Answers]:
         return [self._score_one(batch, account) for batch in batches]

@@ -33,7 +33,7 @@ def cells(grid: Grid, whole_texts: bool) -> list[tuple[dict[str, Any], int]]:
         found.append((_columns(reading), grid.index(reading)))
     seen = set()
     for number, exit_ in enumerate(grid.exits, len(grid.readings)):
-        scope = "token" if whole_texts else exit_.rule.scope
+        scope = "token" if whole_texts else exit_.rule.exit_scope
         columns = {**_columns(exit_), "exit_scope": scope}
         if whole_texts and exit_.rule.confidence == "choice_entropy":
             continue
@@ -52,7 +52,7 @@ def _columns(cell: Reading | Exit) -> dict[str, Any]:
         "lens_data": cell.lens,
         "threshold": rule.threshold,
         "confidence": rule.confidence,
-        "exit_scope": rule.scope,
+        "exit_scope": rule.exit_scope,
         "readout": rule.readout,
     }
 
