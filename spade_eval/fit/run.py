@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +69,7 @@ def fit(
         UserError: Bad input; what has been computed stays in the work folder.
     """
     check_output(settings, resume, overwrite)
-    _wait(lm)  # or a slow process would take the work folder of the first for that of another run
+    lm.barrier()  # or a slow process would take the work folder of the first for that of another run
     with work.at_work(settings.work, main=lm.rank == 0):
         return _fit(lm, settings, resume, overwrite, include_path, command)
 
@@ -114,12 +113,12 @@ def _fit(
     found = states.collect(
         backbone, todo, layers, settings.decoder == "l_spade", settings.work, lm.rank, lm.world_size
     )
-    _wait(lm)
+    lm.barrier()
     seconds = time.perf_counter() - begin
     for index, layer in list(enumerate(layers))[lm.rank :: lm.world_size]:
         pairs = Pairs(found.hidden[index].to(lm.device), found.teacher[index].to(lm.device))
         _fit_layer(lm, pairs, found.full.to(lm.device), n, recipe, layer, settings.work)
-    _wait(lm)
+    lm.barrier()
 
     parts = {layer: Progress.load(settings.work / f"layer-{layer}.safetensors") for layer in layers}
     config = LensConfig(
@@ -160,7 +159,7 @@ def _fit(
             log.warning("Training stopped early, and the best map before is kept: %s", part.stopped)
     if lm.rank == 0:
         lens.save_pretrained(settings.output)
-    _wait(lm)
+    lm.barrier()
     if lm.rank == 0:
         work.clear(settings.work)
     return lens
@@ -292,9 +291,4 @@ def _open_work(
         "batch_size": lm.layout.batch_size,
         "package_version": __version__,
     }
-    work.claim(settings.work, about, anew=anew, main=lm.rank == 0, wait=partial(_wait, lm))
-
-
-def _wait(lm: SpadeLM) -> None:
-    if lm.world_size > 1:
-        lm.accelerator.wait_for_everyone()
+    work.claim(settings.work, about, anew=anew, main=lm.rank == 0, wait=lm.barrier)
