@@ -69,7 +69,7 @@ def fit(
         UserError: Bad input; what has been computed stays in the work folder.
     """
     check_output(settings, resume, overwrite)
-    lm.barrier()  # or a slow process would take the work folder of the first for that of another run
+    lm.barrier()  # or a slow process would take the first one's work folder for another run's
     with work.at_work(settings.work, main=lm.rank == 0):
         return _fit(lm, settings, resume, overwrite, include_path, command)
 
