@@ -179,7 +179,8 @@ class Backbone:
             Logits (P, V), or (P, C), in the model's dtype.
         """
         if tokens is not None and not self.narrows:
-            return self.logits(h)[:, tokens]
+            whole = self.logits(h)
+            return whole[:, tokens.to(whole.device)]
         if tokens is not None:
             with narrow_head(self.model, self._head_places, tokens) as narrowed:
                 logits = self.logits(h)
