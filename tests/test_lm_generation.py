@@ -321,6 +321,14 @@ def test_a_response_cache_holds_texts(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- bad input
 
 
+def test_a_tokenizer_without_an_eos_token() -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.eos_token = None
+    lm = build(SpadeLayerLM, layer=2, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="task task: the tokenizer has no EOS token"):
+        lm.generate_until(requests(GREEDY))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

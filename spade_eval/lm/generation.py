@@ -59,9 +59,11 @@ class Settings:
         """Read a task's `generation_kwargs`.
 
         Raises:
-            UserError: They ask for no token, for more than the model takes, or for what
-                generation with exits does not do.
+            UserError: Nothing ends a text, or they ask for no token, for more than the model takes,
+                or for what generation with exits does not do.
         """
+        if lm.eot_token_id is None:
+            raise UserError("the tokenizer has no EOS token, which ends a text. Give it one.")
         arguments = dict(normalize_gen_kwargs(dict(given), lm.max_gen_toks))
         eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(arguments.pop("until", None), eos=eos)
