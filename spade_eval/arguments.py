@@ -26,8 +26,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; words of a name may be joined by - or _, as lm-eval joins them."""
-        given = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._spelt(word) for word in given], namespace)
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        spelt = [self._spelt(word) for word in given[:end]]
+        return super().parse_known_args(spelt + given[end:], namespace)
 
     def _spelt(self, word: str) -> str:
         """An option under the name that it was added by."""

@@ -64,7 +64,7 @@ def require_replaceable(folder: Path, what: str, owns: Callable[[str], object]) 
     if others := [name for name in found if not owns(name)]:
         raise UserError(
             f"{folder} holds other files ({', '.join(others[:4])}), and the {what} replaces its "
-            "folder. Save it into a folder of its own."
+            "folder. Move them away, or give another folder."
         )
 
 

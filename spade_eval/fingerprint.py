@@ -217,5 +217,5 @@ def config_digest(config: Any) -> str:
 def _spread(tensor: Tensor, values: int) -> Tensor:
     """At most so many values of a tensor, evenly spaced, in one dimension."""
     flat = tensor.detach().flatten()
-    # An odd step shares no factor of two with the widths of models: it reaches all columns.
+    # An odd step shares no factor of two with the widths of models: it does not stay in one column.
     return flat[:: -(-len(flat) // values) | 1]

@@ -256,33 +256,44 @@ class _Loop:
             )
 
 
+def switch(backbone: Backbone) -> int | None:
+    """Tokens beyond which a text has other rotary frequencies (longrope); None if it never has."""
+    rope = getattr(backbone.model.config.get_text_config(), "rope_parameters", None) or {}
+    parts = (rope, *(own for own in rope.values() if isinstance(own, dict)))
+    at = [p["original_max_position_embeddings"] for p in parts if p.get("rope_type") == "longrope"]
+    return min(at, default=None)
+
+
 def require_one_range(backbone: Backbone, lengths: Ints, new: int) -> None:
     """Refuse texts that would begin with one set of rotary frequencies and end with the other.
 
-    Where sequences longer than `original_max_position_embeddings` have frequencies of their own
-    (longrope), the keys before the switch are of no use behind it.
+    The keys before the switch are of no use behind it; and the longest text of a batch decides for
+    all of them.
 
     Args:
         backbone: The model.
-        lengths: Tokens of each prompt.
+        lengths: Tokens of each prompt of a batch.
         new: Tokens that are to follow, at most.
 
     Raises:
         UserError: Names the length.
     """
-    rope = getattr(backbone.model.config.get_text_config(), "rope_parameters", None) or {}
-    for part in (rope, *(own for own in rope.values() if isinstance(own, dict))):
-        if part.get("rope_type") != "longrope":
-            continue
-        switch = part["original_max_position_embeddings"]
-        crossing = lengths[(lengths <= switch) & (lengths + new - 1 > switch)]
-        if len(crossing):
-            raise UserError(
-                f"A prompt has {crossing[0]} tokens and up to {new} are to follow, and "
-                f"{backbone.name} (longrope) reads texts of more than {switch} tokens in another "
-                "way than shorter ones: what is kept of the prompt would not fit. Generate fewer "
-                "tokens, or with the model itself (--model hf)."
-            )
+    if (limit := switch(backbone)) is None:
+        return
+    shorter, longer = lengths + new - 1 <= limit, lengths > limit
+    if not (shorter | longer).all():
+        raise UserError(
+            f"A prompt has {lengths[~(shorter | longer)][0]} tokens and up to {new} are to follow, "
+            f"and {backbone.name} (longrope) reads texts of more than {limit} tokens in another "
+            "way than shorter ones: what is kept of the prompt would not fit. Generate fewer "
+            "tokens, or with the model itself (--model hf)."
+        )
+    if shorter.any() and longer.any():
+        raise UserError(
+            f"Prompts of {lengths.min()} and {lengths.max()} tokens: {backbone.name} (longrope) "
+            f"reads texts of more than {limit} tokens in another way than shorter ones, and all of "
+            "a batch alike. Generate them apart."
+        )
 
 
 def _empty(rows: int) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:

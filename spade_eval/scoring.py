@@ -176,13 +176,13 @@ def plan(
         requests: The requests.
         layout: What a row may hold.
         which: The numbers of those that are laid out; None is all.
-        askers: Who asks each of the requests. A context is computed once for each asker, if given:
-            two of them never read the same token.
+        askers: Who asks each of the requests, if it matters: a context that several ask about is
+            computed once for each, so that no two begin to read at the same token.
 
     Raises:
         BadRequestError: An empty continuation, or one longer than the model takes.
     """
-    layers: list[dict[tuple[int, ...], list[int]]] = []  # requests by sequence, of different askers
+    turns: list[dict[tuple[int, ...], list[int]]] = []  # by sequence, a turn for each asker
     known: dict[tuple[int, ...], dict[Hashable, int]] = {}
     contexts: dict[tuple[int, ...], int] = {}  # tokens of each sequence's context
     truncated = 0
@@ -192,15 +192,15 @@ def plan(
         ids, cut = feed(request, layout)
         truncated += cut
         contexts[ids] = max(contexts.get(ids, 0), len(ids) + 1 - len(request.continuation))
-        layer = 0
+        turn = 0
         if askers is not None:
             own = known.setdefault(ids[: len(ids) + 1 - len(request.continuation)], {})
-            layer = own.setdefault(askers[index], len(own))
-        while len(layers) <= layer:
-            layers.append({})
-        layers[layer].setdefault(ids, []).append(index)
+            turn = own.setdefault(askers[index], len(own))
+        if turn == len(turns):
+            turns.append({})
+        turns[turn].setdefault(ids, []).append(index)
     rows: list[Row] = []
-    for sequences in layers:
+    for sequences in turns:
         for group in _groups(sorted(sequences), contexts, layout):
             rows.append(_row(group, sequences, requests))
     if layout.packed:

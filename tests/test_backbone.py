@@ -84,24 +84,25 @@ def test_a_plain_head_can_be_computed_at_some_of_the_vocabulary(family: str) -> 
 class Biased(transformers.LlamaForCausalLM):
     """Adds to its logits behind the head, by column, as code beside a model may."""
 
-    whole = True  # whether it counts on all columns
+    kind = "all"
 
     def forward(self, *args: object, **kwargs: object) -> object:
         out = super().forward(*args, **kwargs)
-        bias = torch.linspace(-1, 1, self.config.vocab_size)
-        if self.whole:
-            out.logits = out.logits + bias
+        if self.kind == "all":
+            out.logits = out.logits + torch.linspace(-1, 1, self.config.vocab_size)
+        elif self.kind == "last":
+            out.logits[..., self.config.vocab_size - 1] = -9.0
         else:
-            out.logits[..., 5] = -9.0
+            out.logits[..., :3] = torch.finfo(out.logits.dtype).min
         return out
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", ["all", "last", "first"])
 @torch.no_grad()
-def test_a_head_with_something_behind_it_is_computed_whole(whole: bool) -> None:
+def test_a_head_with_something_behind_it_is_computed_whole(kind: str) -> None:
     torch.manual_seed(0)
     model = Biased(tiny("llama").config).eval()
-    model.whole = whole
+    model.kind = kind
     backbone = Backbone(model)
     assert not backbone.narrows
     h, some = torch.randn(3, backbone.width), torch.tensor([5, 9, 2])

@@ -254,7 +254,7 @@ def test_documents_that_an_adapter_has_seen(
     (tmp_path / adapter_files.RECORD).write_text("[]")  # not ours
     lm.maps["text"] = ("text", lens("l_spade", 1))  # no tasks are named
     require_unseen(lm, tasks(), Split("validation"), tasks_path())
-    assert f"the lens text and the adapter {tmp_path} is not known" in caplog.text
+    assert f"the lens text and the adapter {tmp_path} is not known here" in caplog.text
     require_unseen(lm, tasks(), Split("train"), tasks_path())
 
 
@@ -356,9 +356,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path.write_text('{"results": {}}')
     with pytest.raises(UserError, match="not what `spade-eval calibrate` writes"):
         Calibration.load(path)
-    path.write_text(json.dumps({"threshold": 1, "rule": {}, "tasks": [], "model": {}}))
-    with pytest.raises(UserError, match="incomplete"):
-        Calibration.load(path)
+    for rule in ({}, {name: None for name in RULE if name != "readout"}, RULE):
+        path.write_text(json.dumps({"threshold": 1, "rule": rule, "tasks": [], "model": {}}))
+        with pytest.raises(UserError, match="incomplete"):
+            Calibration.load(path)
     with pytest.raises(UserError, match="goes with threshold=calibrated"):
         SpadeExitLM(pretrained=model(), threshold=1.0, calibration=path)
     with pytest.raises(UserError, match="is not a number"):

@@ -3,6 +3,7 @@ below it."""
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -250,6 +251,14 @@ def test_truncation_keeps_a_special_start_warns_and_is_counted(caplog: Any) -> N
     # Without a special token in front the cut is that of HFLM.
     theirs = build(HFLM).loglikelihood(instances(pairs[:2]))
     close(build(SpadeLayerLM, layer=-1).loglikelihood(instances(pairs[:2])), theirs)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_eager_attention_is_known_to_the_layout(attention: str) -> None:
+    network = copy.deepcopy(model("llama"))
+    network.set_attn_implementation(attention)
+    lm = SpadeLayerLM(network, layer=2, tokenizer=byte_tokenizer())
+    assert lm.layout.quadratic == (attention == "eager")
 
 
 def test_rows_are_no_wider_than_a_model_takes_that_scales_by_column() -> None:

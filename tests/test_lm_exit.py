@@ -403,6 +403,31 @@ def test_the_choices_are_those_of_the_own_task(threshold: float, packed: bool) -
     close(together, [*alone[0], *alone[1]])
 
 
+def test_the_choices_are_those_of_the_own_document() -> None:
+    """Two rows of one task may ask the same with other choices."""
+    contexts = [f"Q: what is {word}?\nA:" for word in ("red", "blue", "old", "cat", "seven")]
+    rows = [[(c, x) for x in choices] for c in contexts for choices in ("ab", "cdef")]
+    asked = [
+        Instance("loglikelihood", {}, pair, k, ("task", doc, 1))
+        for doc, row in enumerate(rows)
+        for k, pair in enumerate(row)
+    ]
+    own = {"confidence": "choice_entropy", "batch_size": 8}
+    alone = [x for row in rows for x in exit_lm(0.35, **own).loglikelihood(instances(row))]
+    lm = exit_lm(0.35, **own)
+    together = lm.loglikelihood(asked)
+    assert 0 < lm.account.total.exits[4] < lm.account.total.exits.total()
+    close(together, alone)
+
+
+def test_no_choices_are_warned_of_where_nothing_is_checked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    exit_lm(-1.0, confidence="choice_entropy").loglikelihood(instances([("one", "a")]))
+    assert "nothing exits" in caplog.text
+    assert "with one answer" not in caplog.text
+
+
 def test_single_choices_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     lm = exit_lm(0.0, confidence="choice_entropy")
     lm.loglikelihood(instances([("one", "a"), ("two", "b"), ("three", "a"), ("three", "b")]))
@@ -482,10 +507,12 @@ def test_a_cache_is_not_shared_by_tasks_that_give_a_context_other_choices(tmp_pa
     with pytest.raises(UserError, match=r"two tasks.*ask the same with other choices \('abc'\)"):
         answer(second)
     assert answer([*first, *instances([("new", "g"), ("new", "h")])])[:3] == found
+    path = str(tmp_path / "b.db")
     with pytest.raises(UserError, match="ask the same with other choices"):
-        CachingLM(exit_lm(1.2, confidence="choice_entropy"), str(tmp_path / "b.db")).loglikelihood(
-            [*first, *second]
-        )
+        answer([*first, *second])
+    assert len(answer(second)) == 2  # what was refused has left nothing
+    # At position 0 nothing is decided: every document may ask after an empty context.
+    assert len(answer([*instances([("", "x")], task="a"), *instances([("", "y")], task="b")])) == 2
 
 
 def test_a_killed_run_leaves_whole_contexts_in_the_cache(tmp_path: Path) -> None:

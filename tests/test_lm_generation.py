@@ -100,6 +100,14 @@ def test_texts_that_switch_to_other_frequencies_are_refused_before_the_first() -
         with pytest.raises(UserError, match=rf"task t: A prompt has {length} .*\(longrope\).* 40"):
             lm.generate_until(asked(12, length))
     assert lm.account.total.generated_tokens <= 3 * 10  # those of the first call
+    # The longest text of a batch decides for all of them: they run apart.
+    many = SpadeLayerLM(network, layer=-1, **{**given, "batch_size": 4})
+    assert many.generate_until(asked(12, 60, 20, 45)) == lm.generate_until(asked(12, 60, 20, 45))
+    ids = torch.full((2, 60), 5)
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    with pytest.raises(UserError, match=r"Prompts of 20 and 60 tokens.*Generate them apart"):
+        generate(lm.backbone, lm.policy, input_ids=ids, attention_mask=mask, max_new_tokens=5)
 
 
 @pytest.mark.parametrize(("family", "batch_size"), [("llama", 1), ("llama", 4), ("gpt2", 3)])

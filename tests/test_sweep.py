@@ -356,17 +356,19 @@ def test_the_kept_states_are_the_models_where_contexts_end(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("answers", "shown"),
     [
-        ([(1, "yes"), (0, "no"), (1, "yes")], ["yes", "no", "yes"]),
-        ([(1, "an ox"), (0, "a fox"), (1, "an eel")], ["B", "A", "B"]),
-        ([(1, "what the passage says of it"), (0, "no"), (0, "no")], ["B", "A", "A"]),
-        ([(1, ""), (0, "no"), (0, "no")], ["B", "A", "A"]),
+        ([(1, "yes"), (0, "no"), (1, "yes"), (0, "no")], ["yes", "no", "yes", "no"]),
+        ([(1, "an ox"), (0, "a fox"), (1, "an eel"), (0, "a fox")], ["B", "A", "B", "A"]),
+        ([(1, "an ox"), (0, "a fox"), (0, "a fox"), (2, "an eel")], ["B", "A", "A", "C"]),
+        ([(1, "that it is so of it"), (0, "no")] * 2, ["B", "A", "B", "A"]),
+        ([(1, ""), (0, "no")] * 2, ["B", "A", "B", "A"]),
+        ([(1, "no"), (0, "no")] * 2, ["B", "A", "B", "A"]),
     ],
 )
 def test_answers_are_named_where_all_documents_call_them_so(
     answers: list[tuple[int, str]], shown: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "states_task.safetensors"
-    states = {n: np.zeros((2, 4), np.float16) for n in range(3)}
+    states = {n: np.zeros((2, 4), np.float16) for n in range(4)}
     contexts.write(path, states, dict(enumerate(answers)))
     assert read_states(path).answers() == shown
 
@@ -560,6 +562,28 @@ def test_a_sweep_is_not_resumed_with_another_model_or_other_arguments(
 def test_an_empty_folder_is_free(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "out").mkdir()
     assert len(run(tmp_path / "out", overwrite=overwrite))
+
+
+def test_what_another_run_made_meanwhile_stays_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "out" / "sweep.json"
+
+    def meanwhile() -> dict[str, str]:
+        other.parent.mkdir()
+        other.write_text("{}")
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spade_eval.sweep.run._versions", meanwhile)
+        with pytest.raises(UserError, match=r"made by another run meanwhile.*--resume"):
+            run(tmp_path / "out")
+    assert other.read_text() == "{}"
+    other.parent.rename(tmp_path / "theirs")
+    computed = []
+    monkeypatch.setattr(Store, "keep", lambda *args: computed.append(args))
+    assert len(run(tmp_path / "out", resume=True))
+    assert not computed
 
 
 def test_other_files_are_never_overwritten(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from spade_eval.fit.lora_settings import LoraSettings
 
 WARM_UP = 10  # steps, or a tenth of a short training
-EVALUATIONS = 4  # per epoch, at least
+EVALUATIONS = 4  # per epoch, or about so
 MOST_STEPS = 50  # between two evaluations, each with a checkpoint
 CHECKPOINT_SECONDS = 300  # a checkpoint without an evaluation, if steps take long
 PATIENCE = 6  # evaluations without a better one, then training stops

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--validation_split",
         default=d.validation_split,
         help="split they come from, or a part of its rows as validation[:500] (default: "
-        "%(default)s; a tenth of the training documents where a task has none)",
+        "%(default)s, or a tenth of the training documents where a task has none)",
     )
     p.add_argument("--max_steps", type=int, help="steps, at most")
     p.add_argument(

@@ -1,8 +1,8 @@
 """Validation questions: rows of tasks with all their requests, scored as lm-eval scores them.
 
-    tasks -> rows of the validation split -> questions -> log-likelihoods -> the task's own accuracy
+    tasks -> rows of a split -> questions -> log-likelihoods -> the task's own accuracy
 
-A task without a validation split gives a part of its training rows instead.
+By default it is the validation split; a task without one gives a part of its training rows instead.
 """
 
 from __future__ import annotations

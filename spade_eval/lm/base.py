@@ -12,7 +12,7 @@ import logging
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +27,14 @@ from spade_eval.generation import check
 from spade_eval.lm import generation
 from spade_eval.lm.cache import Partial, configuration, guard
 from spade_eval.lm.loading import LoadedLM
-from spade_eval.lm.memory import fitting, largest_batch_size, parts
+from spade_eval.lm.memory import fitting, laid_out_again, largest_batch_size, parts
 from spade_eval.lm.pages import token_windows
 from spade_eval.lm.requests import place, source_of
 from spade_eval.lm.windows import may_pack, widest, window
 from spade_eval.tally import Prices, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from spade_eval.answers import Answers
     from spade_eval.batching import Ints
@@ -64,6 +64,7 @@ class SpadeLM(LoadedLM):
         self.prices = self._prices(checks.head_operations(self.backbone) / self.backbone.operations)
         self._source = _UNKNOWN
         self._instances: Sequence[Any] = ()
+        self._choices: dict[int, list[int]] = {}  # of each request's context, if they matter
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -88,10 +89,6 @@ class SpadeLM(LoadedLM):
     def _prices(self, head: float) -> Prices:
         """What heads and checks cost, given a head's price in token-layers."""
         return Prices(self.backbone.n_layers, head)
-
-    def _askers(self) -> list[Hashable] | None:
-        """Who asks each request of a call, if decisions depend on it; see `scoring.plan`."""
-        return None
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
         """Look at all requests of a call before the first batch."""
@@ -145,7 +142,10 @@ class SpadeLM(LoadedLM):
         if len(self._source.tasks) != len(requests):  # called with token ids, not by lm-eval
             self._source = Source(["unknown"] * len(requests), np.ones(len(requests), dtype=bool))
         asked = [scoring.Request(tuple(context), tuple(cont)) for _, context, cont in requests]
-        layout, askers = self.layout, self._askers()
+        self._prepare(requests)
+        # Where other choices follow a context, something else is decided about it.
+        askers = [tuple(self._choices[i]) for i in range(len(asked))] if self._choices else None
+        layout = self.layout
         plan = scoring.plan(asked, layout, askers=askers)
         if plan.truncated:
             self.account.truncated_requests += plan.truncated
@@ -154,7 +154,6 @@ class SpadeLM(LoadedLM):
                 "the results carry the count.",
                 plan.truncated, len(requests), self.max_length,
             )  # fmt: skip
-        self._prepare(requests)
         sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
         bar = tqdm(
             total=len(requests),
@@ -222,16 +221,14 @@ class SpadeLM(LoadedLM):
         largest = int(self.max_batch_size)
         self.batch_sizes = {}
         for part, some in enumerate(parts(rows, int(self.batch_schedule))):
-            requests = sorted({request for row in some for _, _, request in row.reads})
+            sized = laid_out_again(some, largest, lay_out)
             size = largest
             if self.device.type != "cpu":  # no allocator there that fails before the machine does
                 # Ranks need not agree: each runs its own batches.
-                tried = partial(lay_out, requests)
-                size = largest_batch_size(tried, largest, lambda b: self._run([b], Account()))
+                size = largest_batch_size(sized, largest, lambda b: self._run([b], Account()), most)
                 log.info("batch_size=auto: %d", size)
             self.batch_sizes[part] = size
-            again = some if size == largest else lay_out(requests, size)
-            yield from map(collate, cut(again, size, most))
+            yield from map(collate, cut(sized(size), size, most))
 
     def _answered(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Answers]]:
         """Score batches, as many side by side as together have `most_tokens_at_once`."""

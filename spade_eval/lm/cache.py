@@ -62,18 +62,31 @@ def claim_choices(
     Raises:
         UserError: A context has had other choices.
     """
+    claims: dict[str, list[int]] = {}
     for index, (texts, context, _) in enumerate(requests):
-        if texts is None:
+        if texts is None or len(context) == 1:  # at position 0 nothing is decided
             continue
-        key = f"{KEY}:choices:{hashlib.sha256(str(context).encode()).hexdigest()}"
-        own = sorted(choices[index])
-        if responses.get(key, own) != own:
-            raise UserError(
-                "confidence=choice_entropy with --use_cache: two tasks, or two documents, ask the "
-                f"same with other choices ({texts[0][-60:]!r}), and their answers cannot be told "
-                "apart in one file. Give each task a --use_cache path of its own, or none."
-            )
+        own = list(choices[index])
+        if claims.setdefault(texts[0], own) != own:
+            raise _other_choices(texts[0])
+    new: dict[str, list[int]] = {}
+    for text, own in claims.items():
+        key = f"{KEY}:choices:{hashlib.sha256(text.encode()).hexdigest()}"
+        if (known := responses.get(key)) is None:
+            new[key] = own
+        elif known != own:
+            raise _other_choices(text)
+    # After all have been looked at: what is refused leaves nothing behind.
+    for key, own in new.items():
         responses[key] = own
+
+
+def _other_choices(context: str) -> UserError:
+    return UserError(
+        "confidence=choice_entropy with --use_cache: two tasks, or two documents, ask the same "
+        f"with other choices ({context[-60:]!r}), and one file cannot tell their answers apart. "
+        "Leave --use_cache out, or give each task a path of its own."
+    )
 
 
 class Partial:

@@ -19,7 +19,6 @@ from spade_eval.lm.base import SpadeLM, log
 from spade_eval.lm.cache import claim_choices
 from spade_eval.lm.exit_log import ExitLog, writable
 from spade_eval.lm.requests import (
-    askers,
     first_tokens,
     warn_of_shared_beginnings,
     warn_of_single_choices,
@@ -28,7 +27,7 @@ from spade_eval.policy import Policy
 from spade_eval.trace import Trace, score, score_with_exits
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from spade_eval.tally import Prices
 
 
-RARE = 0.05  # of decisions: with fewer exits the checks cost more than the exits save
+RARE = 0.05  # of decisions: with fewer exits next to nothing is saved
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(ExitRule) if f.name != "threshold"}
 DEFAULTS["positions"] = "reset"  # of the tail's pairs
 
@@ -133,7 +132,6 @@ class SpadeExitLM(SpadeLM):
         if self._positions == "keep" and self.backbone.positions_inert:
             log.warning("positions=keep has no effect on the tails of %s.", self.backbone.name)
         self._rule = self.rule
-        self._choices: dict[int, list[int]] = {}
         self._log = None if log_path is None else ExitLog(log_path, self.rank)
         self._stayed: list[NDArray[np.float32]] = []  # confidences of what did not exit
 
@@ -187,17 +185,16 @@ class SpadeExitLM(SpadeLM):
             # Of several processes each has some documents, and a cache keeps known ones back.
             whole = self.world_size == 1 and self.cache_hook.dbdict is None
             self._calibration.require_tasks(set(self._source.tasks), whole)
-        if self._rule.exit_scope == "context" and not self.rule.never:
-            warn_of_shared_beginnings(requests)
-        if self.rule.confidence != "choice_entropy":
+        if self.rule.never:
             return
-        self._choices = first_tokens(requests, self._askers())
-        warn_of_single_choices(self._choices, self.rule.confidence)
+        if self.rule.confidence != "choice_entropy":
+            if self._rule.exit_scope == "context":
+                warn_of_shared_beginnings(requests)
+            return
+        self._choices = first_tokens(requests, self._instances)
+        warn_of_single_choices(self._choices)
         if self.cache_hook.dbdict is not None:
             claim_choices(self.cache_hook.dbdict, requests, self._choices)
-
-    def _askers(self) -> list[Hashable] | None:
-        return askers(self._instances) if self.rule.confidence == "choice_entropy" else None
 
     @property
     def _needs_whole_contexts(self) -> bool:  # type: ignore[override]

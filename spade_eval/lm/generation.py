@@ -8,6 +8,7 @@ The settings mean what they mean to `--model hf`; texts end at the first stop se
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from spade_eval.errors import UserError
-from spade_eval.generation import Generated, generate, refuse, require_one_range
+from spade_eval.generation import Generated, generate, refuse, require_one_range, switch
 from spade_eval.lm.memory import fitting
 
 if TYPE_CHECKING:
@@ -149,12 +150,13 @@ def _batches(
 ) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """Indices of requests that run together, with the settings they share."""
     jobs = [(*request.args, index) for index, request in enumerate(requests)]
+    limit = switch(lm.backbone)  # texts of different frequencies run apart
     collator = Collator(
         jobs,
         # The longest first, so that memory runs out at once or not at all.
         sort_fn=lambda job: (-len(contexts[job[2]]), job[0]),
         group_by="gen_kwargs",
-        group_fn=lambda job: job[1],
+        group_fn=lambda job: {**job[1], "longer": len(contexts[job[2]]) > (limit or sys.maxsize)},
     )
     for chunk in collator.get_batched(n=_batch_size(lm), batch_fn=None):
         yield chunk[0][1], [index for _, _, index in chunk]

@@ -135,7 +135,7 @@ class LinearLensLM(FixedLayerLM):
             raise UserError("lens=identity is the logit lens: use --model logit_lens.")
         kind = loaded.config.decoder
         if kind != self.name:
-            raise UserError(f"lens={lens} is a {kind} lens: use --model {kind}.")
+            raise UserError(f"lens={lenses.called(lens)} is a {kind} lens: use --model {kind}.")
         self._lens, self._lens_name = loaded, lenses.called(lens)
         super().__init__(layer, pretrained=pretrained, **kwargs)
         self._lens = lenses.fit_to(self._lens, self.backbone, self._lens_name, force_lens)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +28,24 @@ def parts(rows: Sequence[Row], n: int) -> Iterator[Sequence[Row]]:
     return (rows[first : first + each] for first in range(0, len(rows), each))
 
 
+def laid_out_again(
+    rows: Sequence[Row], size: int, lay_out: LayOut
+) -> Callable[[int], Sequence[Row]]:
+    """The requests of some rows, laid out at `size`, at other sizes; the last layout is kept."""
+    requests = sorted({request for row in rows for _, _, request in row.reads})
+
+    @lru_cache(maxsize=1)
+    def at(other: int) -> Sequence[Row]:
+        return rows if other == size else lay_out(requests, other)
+
+    return at
+
+
 def largest_batch_size(
-    laid_out: Callable[[int], Sequence[Row]], most: int, run: Callable[[Batch], object]
+    laid_out: Callable[[int], Sequence[Row]],
+    most: int,
+    run: Callable[[Batch], object],
+    most_tokens: int = sys.maxsize,
 ) -> int:
     """The largest size, up to `most`, at which the largest batch can be run.
 
@@ -35,10 +53,12 @@ def largest_batch_size(
         laid_out: The rows at a size.
         most: The first size that is tried.
         run: Runs a batch.
+        most_tokens: Batches are cut before they have more.
     """
 
     def attempt(batch_size: int) -> int:
-        run(collate(max(cut(laid_out(batch_size), batch_size), key=footprint)))
+        rows = laid_out(batch_size)
+        run(collate(max(cut(rows, batch_size, most_tokens), key=footprint)))
         return batch_size
 
     # Shrinks the size whenever memory runs out.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,43 +38,41 @@ def place(request: Any) -> str:
     return f"task {request.task_name}, document {request.doc_id}"
 
 
-def askers(instances: Sequence[Any]) -> list[Hashable] | None:
-    """Whose answers are compared with each other: those of one document of one task.
-
-    Two tasks may ask the same with other choices, as TruthfulQA's do. None where nobody is known.
-    """
-    return [(str(i.task_name), i.doc_id) for i in instances] or None
-
-
 def first_tokens(
-    requests: Sequence[TokenRequest], asked_by: Sequence[Hashable] | None = None
+    requests: Sequence[TokenRequest], instances: Sequence[Any] = ()
 ) -> dict[int, list[int]]:
-    """For each request the first tokens of its context's continuations, each once.
+    """For each request the first tokens of its context's continuations, each once, ascending.
+
+    They are those of one document of one task: another one may give the same context other choices,
+    as TruthfulQA's two tasks do.
 
     Args:
         requests: The requests.
-        asked_by: See `askers`.
+        instances: lm-eval's instances behind them, if known.
     """
-    of = [(who, tuple(c)) for who, (_, c, _) in zip(asked_by or repeat(None), requests)]  # noqa: B905 - endless
-    first: dict[Hashable, dict[int, None]] = {}
-    for own, (_, _, continuation) in zip(of, requests, strict=True):
-        first.setdefault(own, {})[continuation[0]] = None
-    return {i: list(first[own]) for i, own in enumerate(of)}
+    unknown: list[Hashable] = [None] * len(requests)
+    asked_by = [(str(i.task_name), i.doc_id) for i in instances] or unknown
+    first: dict[Hashable, set[int]] = {}
+    for who, (_, context, continuation) in zip(asked_by, requests, strict=True):
+        first.setdefault((who, tuple(context)), set()).add(continuation[0])
+    return {
+        index: sorted(first[who, tuple(context)])
+        for index, (who, (_, context, _)) in enumerate(zip(asked_by, requests, strict=True))
+    }
 
 
-def warn_of_single_choices(choices: Mapping[int, Sequence[int]], name: str) -> None:
-    """Say so where a measure over a context's choices finds one choice alone.
+def warn_of_single_choices(choices: Mapping[int, Sequence[int]]) -> None:
+    """Say so where `choice_entropy` finds one choice alone.
 
     Args:
         choices: What `first_tokens` finds.
-        name: The measure.
     """
     alone = sum(len(own) == 1 for own in choices.values())
     if alone > len(choices) / 2:
         log.warning(
             "%d of %d requests have a context with one answer, or with answers that begin alike: "
-            "%s is 0 there, and exits at the first candidate. Use confidence=entropy.",
-            alone, len(choices), name,
+            "choice_entropy is 0 there, and exits at the first candidate. Use confidence=entropy.",
+            alone, len(choices),
         )  # fmt: skip
 
 

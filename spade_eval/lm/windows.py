@@ -25,8 +25,12 @@ def widest(config: Any) -> int:
 
     Some models scale queries by the column that they stand in, from `floor_scale` on.
     """
-    scales = getattr(config, "attn_temperature_tuning", False)
-    return int(config.floor_scale) - 1 if scales else sys.maxsize
+    scale = getattr(config, "floor_scale", None)
+    return (
+        int(scale) - 1
+        if scale and getattr(config, "attn_temperature_tuning", False)
+        else sys.maxsize
+    )
 
 
 def may_pack(config: Any) -> bool:

@@ -108,9 +108,9 @@ def check_main(argv: list[str]) -> int:
     what.add_argument("--baseline", type=Path, help="a baseline, or another run")
     what.add_argument("--write-baseline", type=Path, metavar="FILE", help="make a baseline of RUN")
     p.add_argument(
-        "--tolerance", type=float, default=0.01, help="loss that is let pass (default: 0.01)"
+        "--tolerance", type=float, default=0.01, help="loss that is let pass (default: %(default)s)"
     )
-    p.add_argument("--alpha", type=float, default=0.05, help="of the tests (default: 0.05)")
+    p.add_argument("--alpha", type=float, default=0.05, help="of the tests (default: %(default)s)")
     p.add_argument(
         "--allow",
         default="",

@@ -6,6 +6,7 @@ One row per document of a multiple-choice task, at every layer, with the number 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,8 +64,8 @@ def write(
 ) -> None:
     """Write `states` (L+1, N, d), fp16, and `labels` (N,), in the order of the documents.
 
-    The labels' names are the answers' texts, if each number has one and the same in all documents;
-    they stand in the file's metadata under `answers`, as JSON.
+    The labels' names are the answers' texts, if each number has one of its own, the same in all of
+    its documents; they stand in the file's metadata under `answers`, as JSON.
     """
     documents = sorted(states.keys() & answers.keys())
     if not documents:
@@ -72,7 +73,8 @@ def write(
     right = [answers[d] for d in documents]
     labels = np.array([number for number, _ in right], dtype=np.int64)
     names = dict(right)
-    named = len(set(right)) == len(names)
+    often = min(Counter(labels.tolist()).values()) > 1  # one alone would always agree with itself
+    named = often and len(set(right)) == len(names) == len(set(names.values()))
     save_file(
         {"states": np.stack([states[d] for d in documents], axis=1), "labels": labels},
         path,

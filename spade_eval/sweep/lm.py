@@ -15,7 +15,7 @@ from spade_eval.decisions import decide
 from spade_eval.decoders import Spade
 from spade_eval.errors import UserError
 from spade_eval.lm.base import SpadeLM
-from spade_eval.lm.requests import askers, first_tokens
+from spade_eval.lm.requests import first_tokens, warn_of_single_choices
 from spade_eval.sweep.batch import Found, Reader, watched
 from spade_eval.sweep.collected import Call, Collected
 from spade_eval.sweep.contexts import by_document
@@ -23,7 +23,7 @@ from spade_eval.sweep.exits import Exits, decided_values, exit_layers, follow
 from spade_eval.sweep.grid import DECODERS, IDENTITY, LENSES, Ask, Exit, Grid, Reading, grid, key
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -83,7 +83,6 @@ class SweepLM(SpadeLM):
             self.softmax_dtype or torch.float32,
         )  # fmt: skip
         self._whole_texts = False
-        self._choices: dict[int, list[int]] = {}
         self.collected: Collected | None = None
 
     def _check_config(self, n_layers: int) -> None:
@@ -116,20 +115,16 @@ class SweepLM(SpadeLM):
         return [found[id(request)] for request in requests]
 
     def _prepare(self, requests: Sequence[TokenRequest]) -> None:
-        wanted = self._compares_choices and not self._whole_texts
-        self._choices = first_tokens(requests, self._askers()) if wanted else {}
+        asked = any(e.rule.confidence == "choice_entropy" for e in self.grid.exits)
+        self._choices = {}
+        if asked and not self._whole_texts:
+            self._choices = first_tokens(requests, self._instances)
+            warn_of_single_choices(self._choices)
         if self.collected is not None:
             shape = (len(self.grid.readings) + len(self.grid.exits), len(requests))
             self.collected.calls.append(
                 Call(self._instances, np.zeros(shape), np.ones(shape, dtype=bool))
             )
-
-    @property
-    def _compares_choices(self) -> bool:
-        return any(e.rule.confidence == "choice_entropy" for e in self.grid.exits)
-
-    def _askers(self) -> list[Hashable] | None:
-        return askers(self._instances) if self._compares_choices else None
 
     def scope(self, exit_: Exit) -> Scope:
         """Where an exit's decisions are taken in the requests at hand."""
@@ -269,7 +264,8 @@ def _load(
     for name, source in maps:
         lens = lenses.own(source)
         if lens.config.decoder not in DECODERS:
-            raise UserError(f"lens {name}={source} is a {lens.config.decoder} lens: leave it out.")
+            called, kind = lenses.called(source), lens.config.decoder
+            raise UserError(f"lens {name}={called} is a {kind} lens: leave it out.")
         if key(lens, name) in found:
             raise UserError(
                 f"two {lens.config.decoder} lenses are called {name}: give each a name of its own."

@@ -122,7 +122,8 @@ def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_
         unknown.append(f"the adapter {lm.peft}")
     if unknown:
         log.warning(
-            "Which documents trained %s is not known here; the guarantee holds if these did not.",
+            "Which documents trained %s is not known here: the guarantee holds only if those of "
+            "--split were not among them.",
             " and ".join(unknown),
         )
     for what, names, whose in [*trained, (f"the adapter {lm.peft}", learned, "train")]:
@@ -131,7 +132,7 @@ def require_unseen(lm: SweepLM, tasks: Mapping[str, Any], split: Split, include_
                 f"the {whose} documents of {', '.join(shared)} trained {what}: a guarantee needs "
                 "documents that it has not seen. Give another --split."
             )
-    chosen = Split.parse(made.get("settings", {}).get("validation_split", "validation"))
+    chosen = Split.parse(str((made.get("settings") or {}).get("validation_split", "validation")))
     if shared := Documents(learned, chosen).among(tasks, split, include_path):
         log.warning(
             "%s validation documents, of %s among others, chose the step of the adapter %s: on "
