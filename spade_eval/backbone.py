@@ -178,11 +178,9 @@ class Backbone:
         Returns:
             Logits (P, V), or (P, C), in the model's dtype.
         """
-        if tokens is not None and not self.narrows:
-            whole = self.logits(h)
-            return whole[:, tokens.to(whole.device)]
         if tokens is not None:
-            with narrow_head(self.model, self._head_places, tokens) as narrowed:
+            places = self._head_places if self.narrows else ()
+            with narrow_head(self.model, places, tokens) as narrowed:
                 logits = self.logits(h)
             narrowed = narrowed and logits.shape[1] == len(tokens)
             return logits if narrowed else logits[:, tokens.to(logits.device)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from spade_eval import __version__
 from spade_eval.errors import UserError
-from spade_eval.exits import ExitRule
+from spade_eval.exits import DEFAULTS
 
 NAME = "calibration.json"
 WORD = "calibrated"  # threshold=calibrated
@@ -78,12 +78,11 @@ class Calibration:
         except (OSError, ValueError) as err:
             raise UserError(f"{path} is not readable JSON ({err}). Calibrate again.") from err
         names = {f.name for f in fields(cls)}
-        rule = {f.name for f in fields(ExitRule)} - {"threshold"} | {"positions"}
         if not isinstance(raw, dict) or not {"threshold", "rule", "tasks", "model"} <= set(raw):
             raise UserError(f"{path} is not what `spade-eval calibrate` writes. Calibrate again.")
         known = {k: v for k, v in raw.items() if k in names}
-        if not isinstance(raw["rule"], dict) or raw["rule"].keys() != rule:
-            raise UserError(f"{path} is incomplete: its rule needs {', '.join(sorted(rule))}.")
+        if not isinstance(raw["rule"], dict) or raw["rule"].keys() != DEFAULTS.keys():
+            raise UserError(f"{path} is incomplete: its rule needs {', '.join(sorted(DEFAULTS))}.")
         try:
             return cls(**{**known, "tasks": tuple(raw["tasks"])})
         except TypeError as err:

@@ -6,9 +6,9 @@ logits of P positions at a candidate layer (P, V) -> measure (P,) -> confident (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -182,6 +182,11 @@ class ExitRule:
             "exit_scope": self.exit_scope,
             "readout": self.readout,
         }
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(ExitRule) if f.name != "threshold"}
+"""Of the arguments that a run with exits takes beside its threshold."""
+DEFAULTS["positions"] = "reset"  # of the tail's pairs
 
 
 def _listed(layers: Collection[int]) -> str:

@@ -11,6 +11,7 @@ over to our loop, which differs from its own in one step: where the next token's
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -256,12 +257,12 @@ class _Loop:
             )
 
 
-def switch(backbone: Backbone) -> int | None:
-    """Tokens beyond which a text has other rotary frequencies (longrope); None if it never has."""
+def switch(backbone: Backbone) -> int:
+    """Tokens beyond which a text has other rotary frequencies (longrope); no bound elsewhere."""
     rope = getattr(backbone.model.config.get_text_config(), "rope_parameters", None) or {}
     parts = (rope, *(own for own in rope.values() if isinstance(own, dict)))
     at = [p["original_max_position_embeddings"] for p in parts if p.get("rope_type") == "longrope"]
-    return min(at, default=None)
+    return min(at, default=sys.maxsize)
 
 
 def require_one_range(backbone: Backbone, lengths: Ints, new: int) -> None:
@@ -278,8 +279,7 @@ def require_one_range(backbone: Backbone, lengths: Ints, new: int) -> None:
     Raises:
         UserError: Names the length.
     """
-    if (limit := switch(backbone)) is None:
-        return
+    limit = switch(backbone)
     shorter, longer = lengths + new - 1 <= limit, lengths > limit
     if not (shorter | longer).all():
         raise UserError(

@@ -60,24 +60,13 @@ def parser() -> argparse.ArgumentParser:
         choices=["all", "answer"],
         help="train on all positions after the first, or on those that score the answer",
     )
-    p.add_argument(
-        "--max_positions",
-        type=int,
-        default=FitSettings.max_positions,
-        help="positions to train on, at most (default: %(default)s)",
-    )
-    p.add_argument(
-        "--epochs",
-        type=int,
-        default=FitSettings.epochs,
-        help="passes over them (default: %(default)s; 0 is ridge alone)",
-    )
-    p.add_argument(
-        "--seed",
-        type=int,
-        default=FitSettings.seed,
-        help="of the documents' order (default: %(default)s)",
-    )
+    for name, text in (
+        ("max_positions", "positions to train on, at most"),
+        ("epochs", "passes over them; 0 is ridge alone"),
+        ("seed", "of the documents' order"),
+    ):
+        default = getattr(FitSettings, name)
+        p.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     p.add_argument(
         "--dtype",
         default=FitSettings.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from spade_eval.confidence import CONFIDENCES
 from spade_eval.decisions import decide
 from spade_eval.decoders import Linear, LogitLens, Positions, Spade
 from spade_eval.errors import UserError
-from spade_eval.exits import ExitRule, Readout, Scope
+from spade_eval.exits import DEFAULTS, ExitRule, Readout, Scope
 from spade_eval.lm.base import SpadeLM, log
 from spade_eval.lm.cache import claim_choices
 from spade_eval.lm.exit_log import ExitLog, writable
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 
 RARE = 0.05  # of decisions: with fewer exits next to nothing is saved
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(ExitRule) if f.name != "threshold"}
-DEFAULTS["positions"] = "reset"  # of the tail's pairs
 
 
 class SpadeExitLM(SpadeLM):

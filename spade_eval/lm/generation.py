@@ -8,7 +8,6 @@ The settings mean what they mean to `--model hf`; texts end at the first stop se
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -156,7 +155,7 @@ def _batches(
         # The longest first, so that memory runs out at once or not at all.
         sort_fn=lambda job: (-len(contexts[job[2]]), job[0]),
         group_by="gen_kwargs",
-        group_fn=lambda job: {**job[1], "longer": len(contexts[job[2]]) > (limit or sys.maxsize)},
+        group_fn=lambda job: {**job[1], "longer": len(contexts[job[2]]) > limit},
     )
     for chunk in collator.get_batched(n=_batch_size(lm), batch_fn=None):
         yield chunk[0][1], [index for _, _, index in chunk]

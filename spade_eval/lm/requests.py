@@ -52,13 +52,11 @@ def first_tokens(
     """
     unknown: list[Hashable] = [None] * len(requests)
     asked_by = [(str(i.task_name), i.doc_id) for i in instances] or unknown
+    keys = [(who, tuple(c)) for who, (_, c, _) in zip(asked_by, requests, strict=True)]
     first: dict[Hashable, set[int]] = {}
-    for who, (_, context, continuation) in zip(asked_by, requests, strict=True):
-        first.setdefault((who, tuple(context)), set()).add(continuation[0])
-    return {
-        index: sorted(first[who, tuple(context)])
-        for index, (who, (_, context, _)) in enumerate(zip(asked_by, requests, strict=True))
-    }
+    for key, (_, _, continuation) in zip(keys, requests, strict=True):
+        first.setdefault(key, set()).add(continuation[0])
+    return {index: sorted(first[key]) for index, key in enumerate(keys)}
 
 
 def warn_of_single_choices(choices: Mapping[int, Sequence[int]]) -> None:

@@ -26,11 +26,9 @@ def widest(config: Any) -> int:
     Some models scale queries by the column that they stand in, from `floor_scale` on.
     """
     scale = getattr(config, "floor_scale", None)
-    return (
-        int(scale) - 1
-        if scale and getattr(config, "attn_temperature_tuning", False)
-        else sys.maxsize
-    )
+    if scale and getattr(config, "attn_temperature_tuning", False):
+        return int(scale) - 1
+    return sys.maxsize
 
 
 def may_pack(config: Any) -> bool:

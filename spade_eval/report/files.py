@@ -1,4 +1,4 @@
-"""Results files of lm-eval and the samples beside them, read with suspicion; files written at once.
+"""Results files of lm-eval and the samples beside them, read with suspicion.
 
 lm-eval writes `results_DATE.json`, and with `--log_samples` a `samples_TASK_DATE.jsonl` for each
 task, one line per document and filter.

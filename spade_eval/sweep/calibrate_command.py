@@ -10,7 +10,7 @@ from spade_eval.arguments import Parser, add_place, command_line, include_paths,
 from spade_eval.atomic import write_json
 from spade_eval.calibration import NAME, WORD
 from spade_eval.errors import UserError
-from spade_eval.exits import ExitRule
+from spade_eval.exits import DEFAULTS, ExitRule
 from spade_eval.splits import Split
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ def main(argv: list[str]) -> int:
 
     from spade_eval.fit.documents import load_tasks
     from spade_eval.lens import LinearLens
-    from spade_eval.lm.exit import DEFAULTS
     from spade_eval.sweep.calibrate import CalibrateSettings, calibrate, grid_of_thresholds
     from spade_eval.sweep.compute import require_scored
     from spade_eval.sweep.grid import Ask
